@@ -1,0 +1,23 @@
+"""Sample diffusion and flow-matching models with a fraction of their evaluations."""
+
+from sencache.cache import CachedField, Run
+from sencache.calibrate import calibrate
+from sencache.jacobian import JacobianNorms, jacobian_norms
+from sencache.norms import rms
+from sencache.profile import SensitivityProfile, fingerprint
+from sencache.report import Query, Report
+from sencache.tolerance import strict_start
+
+__all__ = [
+    "CachedField",
+    "JacobianNorms",
+    "Query",
+    "Report",
+    "Run",
+    "SensitivityProfile",
+    "calibrate",
+    "fingerprint",
+    "jacobian_norms",
+    "rms",
+    "strict_start",
+]

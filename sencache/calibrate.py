@@ -1,0 +1,151 @@
+"""Measure a field's sensitivities once: the secants of Eqs. 11 and 12, and the Gram matrix of its outputs.
+
+Three evaluations a step and sample: the sampler's own f(x, t), and the two that the equations add, f(x + dx, t) with
+dx the sampler's own step, and f(x, t + dt). The Gram matrix comes free with the first.
+
+Shapes: S calibration samples, K steps; x (S, ...), ts (K + 1,).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path as File
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sencache.norms import Norm, difference, rms
+from sencache.profile import SensitivityProfile
+from solvers import Euler, Path, Stepper, VelocityField
+from solvers.loop import check_grid, check_state, contract
+
+EULER = Euler()
+
+
+def calibrate(
+    field: VelocityField,
+    x: Tensor,
+    ts: Tensor,
+    stepper: Stepper = EULER,
+    *,
+    path: Path | None = None,
+    generator: torch.Generator | None = None,
+    norm: Norm = rms,
+    file: str | File | None = None,
+    progress: bool = True,
+) -> SensitivityProfile:
+    """Measure `field` along its own trajectories from x (S, ...) at ts[0], stepped over ts (K + 1,) by `stepper`.
+
+    With `path`, x are data instead and each step begins at these data noised along the path, one noise a sample (from
+    `generator`, by default seeded with 0): the paper's way, which needs a data set. The paper uses 8 samples.
+
+    A field with `select(rows)` is measured one sample at a time. With `file`, the profile of the samples so far is
+    written there after each of them, and the same call again goes on from it, or returns it if it is complete.
+    K outputs of a sample are held on the host meanwhile.
+
+    Raises ValueError for a grid or a batch that cannot be measured, and where `file` holds another measurement.
+    """
+    check_state(x)
+    ts = check_grid(ts)
+    if stepper.adaptive:
+        raise ValueError(f"Calibrate with a fixed-step method; {stepper} chooses its own steps.")
+    noise = None
+    if path is not None:
+        noise = torch.randn(x.shape, generator=generator or torch.Generator().manual_seed(0), dtype=x.dtype).to(x)
+    facts = {
+        "fingerprint": getattr(field, "fingerprint", None),
+        "along": "its own trajectories" if path is None else "forward-noised data",
+        "path": str(path or getattr(field, "path", None)),
+        "stepper": str(stepper),
+        "grid": f"{len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}",
+        "shape": list(x.shape[1:]),
+        "samples": len(x),
+        "sencache": version("sencache"),
+        "inputs": _digest(x, ts, noise),
+    }
+    done = _resumed(file, facts)
+    select = getattr(field, "select", None)
+    groups = [torch.tensor([s]) for s in range(len(x))] if select else [torch.arange(len(x))]
+    with torch.no_grad(), tqdm(total=len(x) * (len(ts) - 1), desc="calibrate", disable=not progress) as bar:
+        bar.update(sum(len(part) for part, _, _ in done) * (len(ts) - 1))
+        for rows in groups[len(done) :]:
+            one = contract(select(rows) if select else field)
+            done.append(_measure(one, x[rows], ts, stepper, path, None if noise is None else noise[rows], norm, bar))
+            if file is not None:
+                _profile(done, ts, facts).save(file)
+    return _profile(done, ts, facts)
+
+
+def _measure(
+    field: VelocityField,
+    x: Tensor,
+    ts: Tensor,
+    stepper: Stepper,
+    path: Path | None,
+    noise: Tensor | None,
+    norm: Norm,
+    bar: tqdm,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha_x (G, K), alpha_t (G, K) and the Gram matrix (G, K, K) of a group of G samples."""
+    data, memory = x, None
+    alpha_x, alpha_t, outputs = [], [], []
+    for t, t_next in pairwise(ts):
+        if path is not None and noise is not None:
+            x, memory = path.sample(data, noise, t), None
+        first = _First(field)
+        dx, memory = stepper.advance(first, x, t, t_next, memory)
+        y, dt = first.output, (t_next - t).abs().item()
+        alpha_x.append(norm(difference(field(x + dx, t), y)).double() / norm(dx).double())  # Eq. 11
+        alpha_t.append(norm(difference(field(x, t_next), y)).double() / dt)  # Eq. 12
+        outputs.append(y.flatten(1).float().cpu())
+        x = x + dx
+        bar.update(len(x))
+    secants = [torch.stack(alpha, 1).cpu() for alpha in (alpha_x, alpha_t)]
+    unmeasured = [alpha.masked_fill(~alpha.isfinite(), torch.nan) for alpha in secants]  # dx = 0 says nothing
+    y = torch.stack(outputs, 1)  # (G, K, d)
+    return unmeasured[0], unmeasured[1], y @ y.mT / y.shape[2]
+
+
+def _profile(done: list[tuple[Tensor, Tensor, Tensor]], ts: Tensor, facts: dict) -> SensitivityProfile:
+    x, t, gram = (torch.cat(parts) for parts in zip(*done, strict=True))
+    return SensitivityProfile(ts[:-1], x.nanmean(0), t.nanmean(0), x, t, gram, facts)
+
+
+class _First:
+    """A field that keeps its first output: the sampler's own f(x, t), however many stages a step has."""
+
+    output: Tensor
+
+    def __init__(self, field: VelocityField):
+        self.field = field
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        v = self.field(x, t)
+        if not hasattr(self, "output"):
+            self.output = v.clone()
+        return v
+
+
+def _resumed(file: str | File | None, facts: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What an earlier call with the same inputs has already measured, sample by sample."""
+    if file is None or not File(file).exists():
+        return []
+    before = SensitivityProfile.load(file)
+    if before.samples_x is None or before.samples_t is None or before.gram is None or dict(before.facts) != facts:
+        other = {name: before.facts.get(name) for name in facts if before.facts.get(name) != facts[name]}
+        raise ValueError(
+            f"{file} holds another measurement, which differs in {other}. Name another file, or remove that one."
+        )
+    return list(zip(before.samples_x.split(1), before.samples_t.split(1), before.gram.split(1), strict=True))
+
+
+def _digest(*inputs: Tensor | None) -> str:
+    """Tells measurements apart, so that none goes on with another's values."""
+    digest = hashlib.sha256()
+    for value in inputs:
+        if value is not None:
+            digest.update(value.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

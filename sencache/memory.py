@@ -1,0 +1,176 @@
+"""What a run remembers: for every conditioning, each sample's last evaluation and where the last query stood.
+
+Shapes: x, y trees of tensors (B, ...); a clock is (B, T) float64 on the host, T = 1 unless tokens have times of their
+own. Everything kept is a detached copy, and nothing kept is ever handed out: samplers write in place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sencache.norms import Norm, difference
+from sencache.trees import leaves, replace, tensors
+
+Key = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+MOST_BRANCHES = 8
+
+
+class Look(NamedTuple):
+    """A query seen from memory: (B,) each, on the host."""
+
+    t: Tensor  # float64, where the sampler stands; of several tokens, the one that moved most
+    t_ref: Tensor  # float64, where the last evaluation was
+    elapsed: Tensor  # float64, |t - t_ref|
+    distance: Tensor  # float64, norm of x - x_ref; infinite where the evaluation was not finite
+    same: Tensor  # bool, x and t are exactly those of the query before
+    step: Tensor  # float64, the sign of t's move since the query before
+    anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
+
+
+class Branch:
+    """The memory of one conditioning, from its first evaluation on."""
+
+    x: Any  # the references: where each sample was last evaluated,
+    t: Tensor  # (B, T) when,
+    y: Any  # and what came out
+    finite: Tensor  # (B,) bool, on the device: whether y can be reused at all
+    reuses: Tensor  # (B,) int64, m: of y, in a row
+    last_x: Any  # the query before the present one
+    last_t: Tensor  # (B, T)
+    direction: Tensor  # (B,) float64, the sign of t's first move; 0 before it
+
+    def __init__(self, number: int):
+        self.number = number  # in the order of appearance
+        self.y = None
+
+    def look(self, x: Any, clock: Tensor, norm: Norm) -> Look:
+        """Compare a query with the memory, at the price of one transfer from the device."""
+        if self.y is None or _kind(x) != _kind(self.x):  # another shape, dtype or device is another trajectory
+            return self._begin(clock)
+        parts = list(zip(tensors(x), tensors(self.x), tensors(self.last_x), strict=True))
+        unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, _, last in parts]).all(0)
+        moved = [norm(difference(part, ref)).double() for part, ref, _ in parts]
+        distance = moved[0] if len(moved) == 1 else _together(moved, [part[0].numel() for part, _, _ in parts])
+        distance, still = torch.stack([torch.where(self.finite, distance, torch.inf), unmoved.double()]).cpu()
+
+        t, t_ref = _most(clock - self.t, clock, self.t)
+        now, before = _most(clock - self.last_t, clock, self.last_t)
+        step = (now - before).sign()
+        same = (still == 1) & (clock == self.last_t).all(1) & distance.isfinite()
+        return Look(t, t_ref, (t - t_ref).abs(), distance, same, step, step * self.direction < 0)
+
+    def _begin(self, clock: Tensor) -> Look:
+        """Nothing to compare with: infinitely far from a memory that has to be made."""
+        anew, t = self.y is not None, clock[:, 0]
+        zero, no = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool)
+        self.direction, self.reuses = zero, no.long()
+        return Look(t, t, zero, torch.full_like(t, torch.inf), no, zero, no | anew)
+
+    def keep(self, rows: Tensor, x: Any, clock: Tensor, y: Any) -> None:
+        """Move the reference of the samples `rows` (B,) bool to this query; y holds the outputs of these alone."""
+        finite = torch.stack([part.isfinite().reshape(len(part), -1).all(1) for part in tensors(y)]).all(0)
+        if rows.all():
+            self.x, self.y, self.t, self.finite = copy(x), copy(y), clock, finite
+            self.reuses = torch.zeros(len(rows), dtype=torch.int64)
+        else:
+            self.x, self.y = merge(rows, take(rows, x), self.x), merge(rows, y, self.y)
+            self.finite = merge(rows, finite, self.finite)
+            self.t = torch.where(rows[:, None], clock, self.t)
+            self.reuses = self.reuses.masked_fill(rows, 0)
+
+    def stand(self, x: Any, clock: Tensor, step: Tensor) -> None:
+        """Remember where this query stood; the first move of t sets a sample's direction."""
+        self.last_x, self.last_t = copy(x), clock
+        self.direction = torch.where(self.direction == 0, step, self.direction)
+
+
+class Branches:
+    """The branches of a run, found again by the identity of what they were conditioned on.
+
+    What is compared is kept, so that an address freed and used again is never mistaken for the same tensor.
+    """
+
+    def __init__(self, key: Key | None):
+        self.key = key
+        self.known: list[tuple[Any, Branch]] = []
+        self.seen = 0
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Branch:
+        """The branch of this conditioning, new if it was not met before."""
+        key = self.key(args, kwargs) if self.key else _identity(args, kwargs)
+        for known, branch in self.known:
+            if known == key if self.key else _alike(known, key):
+                return branch
+        if len(self.known) == MOST_BRANCHES:
+            self.known.pop(0)
+            warnings.warn(
+                f"More than {MOST_BRANCHES} conditionings in one run, and nothing is reused across them. If they are "
+                "the same one in new tensors, pass `key=` to tell conditionings apart by something that stays.",
+                stacklevel=4,
+            )
+        self.known.append((key, Branch(self.seen)))
+        self.seen += 1
+        return self.known[-1][1]
+
+    def clear(self) -> None:
+        self.known = []
+
+
+def clock_of(t: Tensor | float, batch: int) -> Tensor:
+    """t as (B, T) float64 on the host, whatever way the sampler writes it."""
+    clock = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    if clock.ndim and clock.shape[0] not in (1, batch):
+        raise ValueError(f"t must be a float, (), (B,) or (B, T) with B = {batch}; got shape {tuple(clock.shape)}.")
+    return clock.reshape(clock.shape[0] if clock.ndim else 1, -1).expand(batch, -1)
+
+
+def copy(tree: Any) -> Any:
+    return replace(tree, [part.detach().clone() for part in tensors(tree)])
+
+
+def take(rows: Tensor, tree: Any) -> Any:
+    """The samples `rows` (B,) bool of every tensor."""
+    return replace(tree, [part[rows.to(part.device)] for part in tensors(tree)])
+
+
+def merge(rows: Tensor, new: Any, old: Any) -> Any:
+    """A copy of `old` with its samples `rows` (B,) bool replaced, in order, by the tensors of `new`."""
+    at = rows.nonzero()[:, 0]
+    pairs = zip(tensors(old), tensors(new), strict=True)
+    return replace(old, [was.index_copy(0, at.to(was.device), part.detach()) for was, part in pairs])
+
+
+def _together(norms: list[Tensor], sizes: list[int]) -> Tensor:
+    """The RMS (B,) of a state in several parts, from the RMS and the size of each."""
+    squares = torch.stack([n * norm.square() for n, norm in zip(sizes, norms, strict=True)])
+    return (squares.sum(0) / sum(sizes)).sqrt()
+
+
+def _most(moved: Tensor, *clocks: Tensor) -> list[Tensor]:
+    """The reading (B,) of each clock at the token that moved most."""
+    token = moved.abs().argmax(1, keepdim=True)
+    return [clock.gather(1, token)[:, 0] for clock in clocks]
+
+
+def _kind(tree: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(part.shape, part.dtype, part.device) for part in tensors(tree)]
+
+
+def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
+    """What the call was conditioned on: every leaf, and for a tensor how often it has been written to."""
+    parts = leaves([list(args), [[name, kwargs[name]] for name in sorted(kwargs)]])
+    return [(part, part._version if isinstance(part, Tensor) and not part.is_inference() else 0) for part in parts]
+
+
+def _alike(a: list[tuple[Any, int]], b: list[tuple[Any, int]]) -> bool:
+    plain = (bool, int, float, complex, str, bytes)
+    return len(a) == len(b) and all(
+        version == other_version
+        and (part is other or (isinstance(part, plain) and type(part) is type(other) and part == other))
+        for (part, version), (other, other_version) in zip(a, b, strict=True)
+    )

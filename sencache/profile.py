@@ -1,0 +1,148 @@
+"""What calibration measured: how strongly a field answers to x and to t, as functions of t (SenCache, Eqs. 9, 11, 12).
+
+Shapes: M calibrated times, S calibration samples. alpha_x is a ratio of norms; alpha_t is RMS output per unit of t.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "sencache profile 1"
+OPTIONAL = ("samples_x", "samples_t", "gram")
+
+
+@dataclass(frozen=True, eq=False)
+class SensitivityProfile:
+    """||J_x|| and ||J_t|| of a field at M times, and what they were measured on.
+
+    Between two calibrated times the sensitivities are interpolated. Outside of them nothing is known: the predicted
+    change is infinite and the cache evaluates. A value that could not be measured is NaN or infinite, never 0, and
+    has the same effect.
+    """
+
+    t: Tensor  # (M,) strictly monotone, in the sampler's order
+    alpha_x: Tensor  # (M,) mean over the samples
+    alpha_t: Tensor  # (M,)
+    samples_x: Tensor | None = None  # (S, M) alpha_x of each sample
+    samples_t: Tensor | None = None  # (S, M)
+    gram: Tensor | None = None  # (S, M, M) <f_i, f_j> / d between a sample's outputs along its trajectory
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
+
+    def __post_init__(self) -> None:
+        for name in ("t", "alpha_x", "alpha_t"):
+            value = torch.as_tensor(getattr(self, name)).detach().double().cpu()
+            object.__setattr__(self, name, value)
+            if value.ndim != 1 or value.shape != self.t.shape:
+                came = f"{tuple(value.shape)} beside t's {tuple(self.t.shape)}"
+                raise ValueError(f"t, alpha_x and alpha_t must be of one shape (M,); got {name} of shape {came}.")
+        steps = self.t.diff()
+        if not len(self.t) or not self.t.isfinite().all() or (steps * steps[:1].sign() <= 0).any():
+            raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")
+        if (self.alpha_x < 0).any() or (self.alpha_t < 0).any():
+            raise ValueError("Sensitivities are norms and cannot be negative; use NaN where one could not be measured.")
+
+    @property
+    def direction(self) -> int:
+        """The sign of dt in the calibrated sampler; 0 where that is not known."""
+        if len(self.t) < 2 or self.facts.get("direction") == "unknown":
+            return 0
+        return 1 if self.t[1] > self.t[0] else -1
+
+    def covers(self, t: Tensor) -> Tensor:
+        """Whether times t lie inside the calibrated range, up to the rounding of a float32 grid."""
+        low, high = self.t.min(), self.t.max()
+        slack = 1e-6 * (high - low)
+        return (t >= low - slack) & (t <= high + slack)
+
+    def lookup(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_x and alpha_t at times t (B,), each (B,) float64; infinite outside the calibrated range."""
+        order = self.t.argsort()
+        nodes, inside = self.t[order].numpy(), self.covers(t)
+        found = []
+        for alpha in (self.alpha_x, self.alpha_t):
+            known = alpha[order].nan_to_num(nan=torch.inf, posinf=torch.inf)
+            value = torch.from_numpy(np.interp(t.double().numpy(), nodes, known.numpy()))
+            found.append(torch.where(inside, value, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf))
+        return found[0], found[1]
+
+    def predicted(self, t_ref: Tensor, t: Tensor, distance: Tensor, elapsed: Tensor) -> Tensor:
+        """S = ||J_x|| ||dx|| + ||J_t|| |dt| (B,): how far the output has moved since it was evaluated at t_ref (B,).
+
+        t: (B,) where the sampler stands. distance: (B,) RMS of x - x_ref. elapsed: (B,) |t - t_ref|.
+        """
+        alpha_x, alpha_t = self.lookup(t_ref)  # Alg. 1: the sensitivities at the reference
+        s = alpha_x * distance + alpha_t * elapsed  # Eq. 9
+        return torch.where(self.covers(t), s, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with a JSON header, whole or not at all."""
+        parts = {name: getattr(self, name) for name in ("t", "alpha_x", "alpha_t", *OPTIONAL)}
+        filled = {name: part.contiguous() for name, part in parts.items() if part is not None}
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        save_file(filled, partial, {"format": FORMAT, "facts": json.dumps(dict(self.facts))})
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SensitivityProfile:
+        """Read what `save` wrote. Raises ValueError where the file is truncated or is something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}). Calibrate and save it again."
+            ) from error
+        if header.get("format") != FORMAT:
+            came = header.get("format", f"a file holding {', '.join(parts) or 'nothing'}")
+            raise ValueError(
+                f"Expected {FORMAT!r} in {path}; got {came}. An authors' .npz is read by `SensitivityProfile.from_npz`."
+            )
+        return cls(**parts, facts=json.loads(header["facts"]))
+
+    @classmethod
+    def from_npz(cls, path: str | Path, numel: int) -> SensitivityProfile:
+        """Read a file of the authors' code: `timesteps`, `J_x_norm`, `J_t_norm`, `sample_counts`.
+
+        numel: elements of one sample's latent. Their J_t is an L2 norm, ours RMS, sqrt(numel) smaller; J_x is a
+        ratio. Cells in which nothing was measured, 0 in the file, become NaN. Times keep the file's unit.
+        """
+        if numel < 1:
+            raise ValueError(f"`numel` is the number of elements of one sample's latent, at least 1; got {numel}.")
+        with np.load(path, allow_pickle=False) as file:
+            missing = {"timesteps", "J_x_norm", "J_t_norm"} - set(file.files)
+            if missing:
+                raise ValueError(f"Expected {', '.join(sorted(missing))} in {path}; got {', '.join(file.files)}.")
+            parts = {name: torch.from_numpy(file[name].astype(np.float64)).flatten() for name in file.files}
+        order = parts["timesteps"].argsort(descending=True)
+        unmeasured = parts.get("sample_counts", torch.ones_like(order)) == 0
+        alpha_x = parts["J_x_norm"].masked_fill(unmeasured | (parts["J_x_norm"] == 0), torch.nan)
+        alpha_t = parts["J_t_norm"].masked_fill(unmeasured | (parts["J_t_norm"] == 0), torch.nan) / numel**0.5
+        facts = {"source": "npz", "direction": "unknown"}
+        return cls(parts["timesteps"][order], alpha_x[order], alpha_t[order], facts=facts)
+
+
+def fingerprint(module: nn.Module, *options: object) -> str:
+    """A short name for a model and the options that change its output, from its parameters' names, shapes and values.
+
+    Of a large parameter 64 values are read, spread over it: enough to tell two models, or two checkpoints, apart.
+    """
+    digest = hashlib.sha256(repr(options).encode())
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].double().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,82 @@
+"""The record of a run: what was asked, what was computed, and why. Shapes: B samples (rows of the batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Query(NamedTuple):
+    """One call of the cached field, as each of its B samples fared."""
+
+    t: Tensor  # (B,) float64, the sampler's time
+    predicted: Tensor  # (B,) float64, S: the predicted change of the output; infinite where nothing was known
+    reused: Tensor  # (B,) bool, the rule's decision: the answer is an earlier output
+    duplicate: Tensor  # (B,) bool: x, t and conditioning were those of the call before
+    computed: Tensor  # (B,) bool: the row went through the field
+    branch: int  # which conditioning, in the order of appearance
+
+
+class Report:
+    """Counts per sample (B,), and the trace of every query. A batch that grew is counted row by row.
+
+    queries = evaluations + reuses + duplicates, where a row that was computed is an evaluation even if its sample had
+    decided to reuse and its fresh output was left unused: what was paid is what is counted.
+    """
+
+    def __init__(self) -> None:
+        self.trace: list[Query] = []
+        self.bypasses = 0  # calls handed straight to the field because gradients were being recorded
+        self.resets = (
+            0  # times that a sample's memory was dropped: time ran backwards, or shape, dtype or device changed
+        )
+
+    @property
+    def queries(self) -> Tensor:
+        return self._count(lambda query: torch.ones_like(query.reused))
+
+    @property
+    def evaluations(self) -> Tensor:
+        return self._count(lambda query: query.computed)
+
+    @property
+    def reuses(self) -> Tensor:
+        return self._count(lambda query: query.reused & ~query.computed)
+
+    @property
+    def duplicates(self) -> Tensor:
+        return self._count(lambda query: query.duplicate & ~query.computed)
+
+    @property
+    def unused(self) -> Tensor:
+        """Rows computed only because a fused batch cannot be split; a field with `select(rows)` avoids them."""
+        return self._count(lambda query: (query.reused | query.duplicate) & query.computed)
+
+    @property
+    def cache_ratio(self) -> Tensor:
+        """The share of queries that was not paid for, (B,) float64."""
+        return 1 - self.evaluations / self.queries.clamp(min=1)
+
+    def _count(self, happened: Callable[[Query], Tensor]) -> Tensor:
+        total = torch.zeros(max((len(query.t) for query in self.trace), default=0), dtype=torch.int64)
+        for query in self.trace:
+            total[: len(query.t)] += happened(query)
+        return total
+
+    def __str__(self) -> str:
+        if not self.trace:
+            return "no queries yet"
+        lines = [f"{'per sample':<12} {'median':>8} {'least':>8} {'most':>8}"]
+        for name in ("queries", "evaluations", "reuses", "duplicates"):
+            count = getattr(self, name)
+            lines.append(f"{name:<12} {count.double().median():8g} {count.min():8d} {count.max():8d}")
+        ratio = self.cache_ratio
+        lines.append(f"{'cache ratio':<12} {ratio.median():8.1%} {ratio.min():8.1%} {ratio.max():8.1%}")
+        if self.unused.any():
+            lines.append(f"{int(self.unused.sum())} rows were computed and not used: give the field a `select(rows)`.")
+        if self.bypasses:
+            lines.append(f"{self.bypasses} calls went straight to the field because gradients were being recorded.")
+        return "\n".join(lines)

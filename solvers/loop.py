@@ -1,0 +1,92 @@
+"""The loop: a stepper carried along a time grid. Knows neither the field's inside nor the stepper's method.
+
+Shapes: x, dx, v (B, ...); ts (K + 1,); everything a step says about time is 0-dim, in the grid's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from solvers.field import VelocityField
+from solvers.ode import Euler
+from solvers.stepper import Step, Stepper
+
+EULER = Euler()
+
+
+def trajectory(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = EULER) -> Iterator[Step]:
+    """Integrate dx/dt = field(x, t) from x (B, ...) at ts[0] along the grid ts (K + 1,), one `Step` an interval.
+
+    `ts` may rise or fall. The default stepper is `Euler()`. Raises ValueError for a grid or a state that cannot be
+    integrated, and FloatingPointError naming t when the field returns NaN or infinity.
+    """
+    check_state(x)
+    return _steps(contract(field), x, check_grid(ts), stepper)
+
+
+def _steps(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper) -> Iterator[Step]:
+    memory = None
+    for t, t_next in pairwise(ts):
+        dx, memory = stepper.advance(field, x, t, t_next, memory)
+        x = x + dx
+        yield Step(x, t_next, dx, t_next - t, stepper.weights(t, t_next))
+
+
+def integrate(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = EULER) -> Tensor:
+    """The state (B, ...) at ts[-1]; arguments and errors are `trajectory`'s."""
+    for step in trajectory(field, x, ts, stepper):
+        x = step.x
+    return x
+
+
+def check_grid(ts: Tensor) -> Tensor:
+    """`ts` as a floating-point tensor, or a ValueError that says what is wrong with it."""
+    ts = torch.as_tensor(ts)
+    if ts.ndim != 1 or len(ts) < 2:
+        raise ValueError(f"`ts` must be a grid of at least two times, shape (K + 1,); got shape {tuple(ts.shape)}.")
+    ts = ts if ts.is_floating_point() else ts.double()
+    if not ts.isfinite().all():
+        raise ValueError(f"`ts` must be finite; got {ts.tolist()}.")
+    steps = ts.diff()
+    wrong = (steps * steps[0].sign() <= 0).nonzero().flatten().tolist() if steps[0] != 0 else [0]
+    if wrong:
+        k = wrong[0]
+        sign = "==" if steps[k] == 0 else "<" if steps[k] > 0 else ">"
+        raise ValueError(f"`ts` must be strictly monotone; got ts[{k}] {sign} ts[{k + 1}]: {ts[k]:g}, {ts[k + 1]:g}.")
+    return ts
+
+
+def check_state(x: Tensor) -> None:
+    """Raise where x is no batch of finite floating-point states."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor of shape (B, ...); got {kind}.")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"x must hold at least one sample, shape (B, ...) with B >= 1; got shape {tuple(x.shape)}.")
+    if not x.isfinite().all():
+        raise ValueError("x holds NaN or infinity before the first step; check where the initial state comes from.")
+
+
+def contract(field: VelocityField) -> VelocityField:
+    """The field with its promise checked at every evaluation: x's shape, x's dtype, finite numbers."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        v = field(x, t)
+        if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype != x.dtype:
+            came = f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else type(v).__name__
+            raise TypeError(
+                f"The field must return a velocity like x, {tuple(x.shape)} {x.dtype}; got {came} at t = {float(t):g}."
+            )
+        if not v.isfinite().all():
+            rows = (~v.isfinite()).flatten(1).any(1) if v.ndim > 1 else ~v.isfinite()
+            raise FloatingPointError(
+                f"The field returned NaN or infinity at t = {float(t):g} in samples {rows.nonzero()[:, 0].tolist()}. "
+                "Look at the field there, or end the grid before a singular time."
+            )
+        return v
+
+    return velocity
