@@ -1,11 +1,12 @@
 """Sample diffusion and flow-matching models with a fraction of their evaluations."""
 
-from sencache.cache import CachedField, Run
+from sencache.cache import CachedField
 from sencache.calibrate import calibrate
 from sencache.jacobian import JacobianNorms, jacobian_norms
 from sencache.norms import rms
 from sencache.profile import SensitivityProfile, fingerprint
 from sencache.report import Query, Report
+from sencache.run import Run
 from sencache.tolerance import strict_start
 
 __all__ = [

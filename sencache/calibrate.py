@@ -70,7 +70,7 @@ def calibrate(
     select = getattr(field, "select", None)
     groups = [torch.tensor([s]) for s in range(len(x))] if select else [torch.arange(len(x))]
     with torch.no_grad(), tqdm(total=len(x) * (len(ts) - 1), desc="calibrate", disable=not progress) as bar:
-        bar.update(sum(len(part) for part, _, _ in done) * (len(ts) - 1))
+        bar.update(sum(len(part[0]) for part in done) * (len(ts) - 1))
         for rows in groups[len(done) :]:
             one = contract(select(rows) if select else field)
             done.append(_measure(one, x[rows], ts, stepper, path, None if noise is None else noise[rows], norm, bar))
@@ -88,8 +88,8 @@ def _measure(
     noise: Tensor | None,
     norm: Norm,
     bar: tqdm,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha_x (G, K), alpha_t (G, K) and the Gram matrix (G, K, K) of a group of G samples."""
+) -> tuple[Tensor, ...]:
+    """alpha_x (G, K), alpha_t (G, K), the Gram matrix (G, K, K) and the final size (G,) of a group of G samples."""
     data, memory = x, None
     alpha_x, alpha_t, outputs = [], [], []
     for t, t_next in pairwise(ts):
@@ -100,18 +100,19 @@ def _measure(
         y, dt = first.output, (t_next - t).abs().item()
         alpha_x.append(norm(difference(field(x + dx, t), y)).double() / norm(dx).double())  # Eq. 11
         alpha_t.append(norm(difference(field(x, t_next), y)).double() / dt)  # Eq. 12
-        outputs.append(y.flatten(1).float().cpu())
+        outputs.append(y.flatten(1).double().cpu())
         x = x + dx
         bar.update(len(x))
+    size = norm(x).double().cpu()
     secants = [torch.stack(alpha, 1).cpu() for alpha in (alpha_x, alpha_t)]
     unmeasured = [alpha.masked_fill(~alpha.isfinite(), torch.nan) for alpha in secants]  # dx = 0 says nothing
     y = torch.stack(outputs, 1)  # (G, K, d)
-    return unmeasured[0], unmeasured[1], y @ y.mT / y.shape[2]
+    return unmeasured[0], unmeasured[1], y @ y.mT / y.shape[2], size
 
 
-def _profile(done: list[tuple[Tensor, Tensor, Tensor]], ts: Tensor, facts: dict) -> SensitivityProfile:
-    x, t, gram = (torch.cat(parts) for parts in zip(*done, strict=True))
-    return SensitivityProfile(ts[:-1], x.nanmean(0), t.nanmean(0), x, t, gram, facts)
+def _profile(done: list[tuple[Tensor, ...]], ts: Tensor, facts: dict) -> SensitivityProfile:
+    x, t, gram, size = (torch.cat(parts) for parts in zip(*done, strict=True))
+    return SensitivityProfile(ts[:-1], x.nanmean(0), t.nanmean(0), x, t, gram, size, ts[-1].double().cpu(), facts)
 
 
 class _First:
@@ -129,17 +130,18 @@ class _First:
         return v
 
 
-def _resumed(file: str | File | None, facts: dict) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _resumed(file: str | File | None, facts: dict) -> list[tuple[Tensor, ...]]:
     """What an earlier call with the same inputs has already measured, sample by sample."""
     if file is None or not File(file).exists():
         return []
     before = SensitivityProfile.load(file)
-    if before.samples_x is None or before.samples_t is None or before.gram is None or dict(before.facts) != facts:
+    measured = before.samples_x, before.samples_t, before.gram, before.size
+    if dict(before.facts) != facts:
         other = {name: before.facts.get(name) for name in facts if before.facts.get(name) != facts[name]}
         raise ValueError(
             f"{file} holds another measurement, which differs in {other}. Name another file, or remove that one."
         )
-    return list(zip(before.samples_x.split(1), before.samples_t.split(1), before.gram.split(1), strict=True))
+    return list(zip(*(part.split(1) for part in measured if part is not None), strict=True))
 
 
 def _digest(*inputs: Tensor | None) -> str:

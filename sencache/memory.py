@@ -25,8 +25,12 @@ class Look(NamedTuple):
 
     t: Tensor  # float64, where the sampler stands; of several tokens, the one that moved most
     t_ref: Tensor  # float64, where the last evaluation was
+    t_before: Tensor  # float64, where the one before it was; NaN where there is none
     elapsed: Tensor  # float64, |t - t_ref|
     distance: Tensor  # float64, norm of x - x_ref; infinite where the evaluation was not finite
+    difference: Tensor  # float64, norm of the last evaluation minus the one before it; infinite where there is none
+    since: Tensor  # float64, |t - t of the query before|
+    spent: Tensor  # float64, what was predicted at the query before, 0 if that was an evaluation
     same: Tensor  # bool, x and t are exactly those of the query before
     step: Tensor  # float64, the sign of t's move since the query before
     anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
@@ -39,6 +43,10 @@ class Branch:
     t: Tensor  # (B, T) when,
     y: Any  # and what came out
     finite: Tensor  # (B,) bool, on the device: whether y can be reused at all
+    t_before: Tensor  # (B, T) when the evaluation before was; NaN where there is none,
+    y_before: Any  # and what came out
+    difference: Tensor  # (B,) on the device, the norm of y - y_before
+    spent: Tensor  # (B,) float64, the change predicted at the last query, 0 if that was an evaluation
     reuses: Tensor  # (B,) int64, m: of y, in a row
     last_x: Any  # the query before the present one
     last_t: Tensor  # (B, T)
@@ -46,47 +54,70 @@ class Branch:
 
     def __init__(self, number: int):
         self.number = number  # in the order of appearance
-        self.y = None
+        self.y = self.y_before = None
 
     def look(self, x: Any, clock: Tensor, norm: Norm) -> Look:
         """Compare a query with the memory, at the price of one transfer from the device."""
         if self.y is None or _kind(x) != _kind(self.x):  # another shape, dtype or device is another trajectory
             return self._begin(clock)
-        parts = list(zip(tensors(x), tensors(self.x), tensors(self.last_x), strict=True))
-        unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, _, last in parts]).all(0)
-        moved = [norm(difference(part, ref)).double() for part, ref, _ in parts]
-        distance = moved[0] if len(moved) == 1 else _together(moved, [part[0].numel() for part, _, _ in parts])
-        distance, still = torch.stack([torch.where(self.finite, distance, torch.inf), unmoved.double()]).cpu()
+        parts = zip(tensors(x), tensors(self.last_x), strict=True)
+        unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts]).all(0)
+        distance = _distance(x, self.x, norm)
+        distance = torch.where(self.finite, distance, torch.inf)
+        distance, difference, still = torch.stack([distance, self.difference, unmoved.double()]).cpu()
 
-        t, t_ref = _most(clock - self.t, clock, self.t)
-        now, before = _most(clock - self.last_t, clock, self.last_t)
-        step = (now - before).sign()
+        t, t_ref, t_before = _most(clock - self.t, clock, self.t, self.t_before)
+        now, last = _most(clock - self.last_t, clock, self.last_t)
+        step, since = (now - last).sign(), (now - last).abs()
         same = (still == 1) & (clock == self.last_t).all(1) & distance.isfinite()
-        return Look(t, t_ref, (t - t_ref).abs(), distance, same, step, step * self.direction < 0)
+        anew, elapsed = step * self.direction < 0, (t - t_ref).abs()
+        return Look(t, t_ref, t_before, elapsed, distance, difference, since, self.spent, same, step, anew)
 
     def _begin(self, clock: Tensor) -> Look:
         """Nothing to compare with: infinitely far from a memory that has to be made."""
         anew, t = self.y is not None, clock[:, 0]
-        zero, no = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool)
-        self.direction, self.reuses = zero, no.long()
-        return Look(t, t, zero, torch.full_like(t, torch.inf), no, zero, no | anew)
+        zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
+        self.y = self.y_before = None
+        self.direction, self.spent, self.reuses = zero, zero, no.long()
+        return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew)
 
-    def keep(self, rows: Tensor, x: Any, clock: Tensor, y: Any) -> None:
-        """Move the reference of the samples `rows` (B,) bool to this query; y holds the outputs of these alone."""
+    def keep(self, rows: Tensor, x: Any, clock: Tensor, y: Any, anew: Tensor, norm: Norm) -> None:
+        """Move the reference of the samples `rows` (B,) bool to this query; y holds the outputs of these alone.
+
+        What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none.
+        """
         finite = torch.stack([part.isfinite().reshape(len(part), -1).all(1) for part in tensors(y)]).all(0)
-        if rows.all():
+        if self.y is None:
             self.x, self.y, self.t, self.finite = copy(x), copy(y), clock, finite
-            self.reuses = torch.zeros(len(rows), dtype=torch.int64)
+            self.y_before, self.t_before = self.y, torch.full_like(clock, torch.nan)
         else:
+            fits = torch.where(anew[:, None], torch.nan, self.t)
+            self.t_before = torch.where(rows[:, None], fits, self.t_before)
+            self.y_before = self.y if rows.all() else merge(rows, take(rows, self.y), self.y_before)
             self.x, self.y = merge(rows, take(rows, x), self.x), merge(rows, y, self.y)
             self.finite = merge(rows, finite, self.finite)
             self.t = torch.where(rows[:, None], clock, self.t)
-            self.reuses = self.reuses.masked_fill(rows, 0)
+        moved = _distance(self.y, self.y_before, norm)
+        self.difference = torch.where(self.t_before.isnan().all(1).to(moved.device), torch.inf, moved)
+        self.reuses, self.spent = self.reuses.masked_fill(rows, 0), self.spent.masked_fill(rows, 0)
 
-    def stand(self, x: Any, clock: Tensor, step: Tensor) -> None:
-        """Remember where this query stood; the first move of t sets a sample's direction."""
+    def answer(self, phi: Tensor) -> Any:
+        """Each sample's last evaluation, continued by phi (B,) of its difference from the one before."""
+        if not phi.any():
+            return copy(self.y)
+
+        def along(y: Tensor, before: Tensor) -> Tensor:
+            share = spread(phi, y)
+            return torch.where(share == 0, y, torch.lerp(y, before, -share))
+
+        return replace(self.y, [along(*pair) for pair in zip(tensors(self.y), tensors(self.y_before), strict=True)])
+
+    def stand(self, x: Any, clock: Tensor, step: Tensor, predicted: Tensor, reused: Tensor) -> None:
+        """Remember where this query stood and how it fared; the first move of t sets a sample's direction."""
         self.last_x, self.last_t = copy(x), clock
         self.direction = torch.where(self.direction == 0, step, self.direction)
+        self.reuses = self.reuses + reused  # Alg. 1: m = m + 1
+        self.spent = torch.where(reused, predicted, self.spent)
 
 
 class Branches:
@@ -145,9 +176,18 @@ def merge(rows: Tensor, new: Any, old: Any) -> Any:
     return replace(old, [was.index_copy(0, at.to(was.device), part.detach()) for was, part in pairs])
 
 
-def _together(norms: list[Tensor], sizes: list[int]) -> Tensor:
-    """The RMS (B,) of a state in several parts, from the RMS and the size of each."""
-    squares = torch.stack([n * norm.square() for n, norm in zip(sizes, norms, strict=True)])
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...) of the dtype and on the device of `like` (B, ...)."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _distance(a: Any, b: Any, norm: Norm) -> Tensor:
+    """The norm (B,) float64 of a - b; of a state in several parts, the RMS over all of them."""
+    norms = [norm(difference(one, two)).double() for one, two in zip(tensors(a), tensors(b), strict=True)]
+    if len(norms) == 1:
+        return norms[0]
+    sizes = [part[0].numel() for part in tensors(a)]
+    squares = torch.stack([size * part.square() for size, part in zip(sizes, norms, strict=True)])
     return (squares.sum(0) / sum(sizes)).sqrt()
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.interpolate import make_interp_spline
 from torch import Tensor, nn
 
 FORMAT = "sencache profile 1"
-OPTIONAL = ("samples_x", "samples_t", "gram")
+OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,9 @@ class SensitivityProfile:
     alpha_t: Tensor  # (M,)
     samples_x: Tensor | None = None  # (S, M) alpha_x of each sample
     samples_t: Tensor | None = None  # (S, M)
-    gram: Tensor | None = None  # (S, M, M) <f_i, f_j> / d between a sample's outputs along its trajectory
+    gram: Tensor | None = None  # (S, M, M) float64, <f_i, f_j> / d between a sample's outputs along its trajectory
+    size: Tensor | None = None  # (S,) RMS of each sample's final state
+    end: Tensor | None = None  # () the time at which that is
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 
     def __post_init__(self) -> None:
@@ -52,6 +55,30 @@ class SensitivityProfile:
             raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")
         if (self.alpha_x < 0).any() or (self.alpha_t < 0).any():
             raise ValueError("Sensitivities are norms and cannot be negative; use NaN where one could not be measured.")
+
+    @property
+    def grid(self) -> Tensor:
+        """The calibrated grid, (M + 1,)."""
+        if self.end is None:
+            raise ValueError("This profile does not know where its grid ended; give the grid, `ts`.")
+        return torch.cat([self.t, self.end.reshape(1)])
+
+    def gram_at(self, t: Tensor) -> Tensor:
+        """The Gram matrix (S, T, T) at times t (T,): as measured, or of the outputs' cubic interpolation in t.
+
+        Times past the calibrated range take the output at its end.
+        """
+        if self.gram is None:
+            raise ValueError(
+                "This profile has no Gram matrix, which plans are made from; measure one with `calibrate`."
+            )
+        order, low, high = self.t.argsort(), self.t.min(), self.t.max()
+        spline = make_interp_spline(self.t[order].numpy(), np.eye(len(order)), k=min(3, len(order) - 1))
+        weights = torch.from_numpy(spline(t.clamp(low, high).numpy()))[:, order.argsort()]
+        nearest = (t[:, None] - self.t).abs()
+        exact = nearest.min(1).values <= 1e-6 * (high - low)
+        weights[exact] = torch.eye(len(order), dtype=torch.float64)[nearest.argmin(1)[exact]]
+        return weights @ self.gram @ weights.T
 
     @property
     def direction(self) -> int:

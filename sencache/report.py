@@ -34,6 +34,11 @@ class Report:
             0  # times that a sample's memory was dropped: time ran backwards, or shape, dtype or device changed
         )
 
+    def add(self, query: Query, anew: Tensor) -> None:
+        """Record a query; `anew` (B,) bool tells the samples for which it began another trajectory."""
+        self.trace.append(query)
+        self.resets += int(anew.any())
+
     @property
     def queries(self) -> Tensor:
         return self._count(lambda query: torch.ones_like(query.reused))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -61,6 +61,11 @@ class EulerMaruyama:
             raise ValueError(f"`diffusion` must be one of {', '.join(DIFFUSIONS)}; got {self.diffusion!r}.")
         if not self.norm >= 0:
             raise ValueError(f"`norm` scales a variance and cannot be negative; got {self.norm}.")
+
+    @property
+    def linear(self) -> EulerMaruyama:
+        """The same step without its noise: what a change of the outputs does to the state."""
+        return replace(self, noise=lambda x, t, t_next: torch.zeros_like(x))
 
     def w(self, t: Tensor) -> Tensor:
         """The squared diffusion coefficient at t, ()."""

@@ -22,14 +22,14 @@ from benchmarks.fields.gmm import GaussianMixture
 HERE = Path(__file__).parent
 
 
-def k_means(x: Tensor, clusters: int, generator: torch.Generator, most_rounds: int = 100) -> Tensor:
+def k_means(x: Tensor, clusters: int, generator: torch.Generator, most_rounds: int = 1000) -> Tensor:
     """Lloyd's algorithm from random images of x (N, d): the cluster of each, (N,)."""
-    centres, nearest = x[torch.randperm(len(x), generator=generator)[:clusters]], None
+    nearest = torch.cdist(x, x[torch.randperm(len(x), generator=generator)[:clusters]]).argmin(1)
     for _ in range(most_rounds):
-        before, nearest = nearest, torch.cdist(x, centres).argmin(1)
-        if before is not None and torch.equal(before, nearest):
-            break
         centres = torch.stack([x[nearest == k].mean(0) for k in range(clusters)])
+        before, nearest = nearest, torch.cdist(x, centres).argmin(1)
+        if torch.equal(before, nearest):
+            break
     return nearest
 
 
@@ -51,7 +51,8 @@ def fit(x: Tensor, y: Tensor, clusters: int = 5, rank: int = 8, floor: float = 1
         groups += [images[nearest == k] for k in range(clusters)]
     weight = torch.tensor([len(group) / len(x) for group in groups]).to(x)
     parts = zip(*(ppca(group, rank, floor) for group in groups), strict=True)
-    return GaussianMixture(weight, *(torch.stack(part) for part in parts))
+    mean, basis, variance, residual = (torch.stack(part) for part in parts)
+    return GaussianMixture(weight, mean, basis, variance, residual)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ Shapes: B samples of d elements, M components of rank R; t float, () or (B,), an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path as File
 from typing import NamedTuple
 
@@ -71,7 +72,8 @@ class GaussianMixture:
     def time_derivative(self, x: Tensor, t: Time) -> Tensor:
         """dv/dt at fixed x (B, ...): the mean over m of dv_m/dt, and the covariance of v_m with d log N(x; m) / dt."""
         flat, t = x.flatten(1), torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-        c, dc = torch.func.jvp(lambda t: self.path.coefficients(t, flat), (t,), (torch.ones_like(t),))
+        schedule = partial(self.path.coefficients, x=flat)
+        c, dc = torch.func.jvp(schedule, (t,), (torch.ones_like(t),))  # type: ignore[misc]
         at, mu = self._components(flat, c), self._split(self.mean[:, None])
         dpull = (c.dalpha**2 + c.alpha * dc.dalpha) * self._spectrum + c.dsigma**2 + c.sigma * dc.dsigma  # G_m'
         # v_m = alpha' mu_m - G_m score_m, whose own derivative is A_m^-1 (v_m - G_m score_m)
@@ -93,11 +95,11 @@ class GaussianMixture:
         """The field of these samples alone: itself, for it is conditioned on nothing."""
         return self
 
-    def to(self, *target: torch.dtype | torch.device | str) -> GaussianMixture:
+    def to(self, target: torch.dtype | torch.device | str) -> GaussianMixture:
         """As `Tensor.to`; U_m is orthonormalised anew, so that the field is exact to the rounding of its own dtype."""
-        parameters = {name: value.to(*target) for name, value in self._parameters().items()}
+        parameters = {name: value.to(target) for name, value in self._parameters().items()}
         parameters["basis"] = torch.linalg.qr(parameters["basis"]).Q
-        return replace(self, **parameters)
+        return GaussianMixture(**parameters, path=self.path)
 
     def save(self, file: str | File, /, **facts: str) -> None:
         """Write the parameters in single precision, and in the header any `facts` worth keeping."""

@@ -1,0 +1,115 @@
+"""What a gap owed, repaid at the next evaluation.
+
+Between two evaluations at s_r and s_k the reused outputs were y_r + phi_j (y_r - y_2). Once y_k is known, better values
+are known for all of them: the polynomial through (s_2, y_2), (s_r, y_r), (s_k, y_k). The state owes
+
+    sum_j c_j (interpolated_j - used_j),    c_j = dx / dv_j,
+
+and every term is a combination of the same three outputs. Only the sums over j are needed, three numbers a sample:
+the moments sum_j c_j (s_j - s_r, (s_j - s_r)^2, phi_j). A stepper is linear in the outputs it is given, so the moments
+are found by running the stepper itself on three numbers instead of a state: exact for every linear method, its
+history included, and nothing has to be known about it.
+
+Shapes: B samples; moments (B, 3) float64 on the host, twice: of the gap that an evaluation closes, and of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sencache.memory import spread
+from sencache.trees import replace, tensors
+from solvers import Stepper, VelocityField
+
+
+class Note(NamedTuple):
+    """One query of a run, as far as the debt is concerned."""
+
+    offset: Tensor  # (B, 3) what a reuse adds to the moments; zero where the sample was evaluated
+    closes: Tensor  # (B,) bool, the sample was evaluated
+    nodes: Tensor  # (B, 3) s_k, s_r, s_2 of an evaluation; NaN where there was none
+    outputs: tuple[Tensor, Tensor, Tensor]  # y_k, y_r, y_2, each (B, ...)
+
+
+def offset(u: Tensor, phi: Tensor) -> Tensor:
+    """What a reuse at u = s - s_r (...,) adds to the moments, (..., 3)."""
+    return torch.stack([u, u**2, phi], -1)
+
+
+def owed(moments: Tensor, nodes: Tensor) -> Tensor:
+    """The weights (B, 3) of y_k, y_r, y_2 in what a gap owes, from its moments (B, 3) and nodes (B, 3).
+
+    Newton's form, y_r + u slope + u (s - s_k) curvature with u = s - s_r; without a y_2 the line alone.
+    """
+    first, second, phi = moments.unbind(1)
+    s_k, s_r, s_2 = nodes.unbind(1)
+    rate, rate_before = 1 / (s_k - s_r), 1 / (s_r - s_2)
+    bend = (second - (s_k - s_r) * first) / (s_k - s_2)  # of the curvature, slope minus the slope before
+    k, two = (first + bend.nan_to_num(0.0)) * rate, (bend * rate_before).nan_to_num(0.0, 0.0, 0.0) + phi
+    weights = torch.stack([k, -k - two, two], 1)
+    return torch.where((moments != 0).any(1, keepdim=True), weights, 0.0)
+
+
+def combine(weights: Tensor, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The sum of outputs (B, ...) weighted by (B, 3)."""
+    first, second, third = (spread(w, y) * y for w, y in zip(weights.unbind(1), outputs, strict=True))
+    return first + second + third
+
+
+class Repaying:
+    """A stepper that repays, after each step, the gaps that the step's evaluations closed.
+
+    `notes` is where the run writes one `Note` a query. State and history are both corrected, so that a multistep
+    method goes on from what it would have seen.
+    """
+
+    def __init__(self, stepper: Stepper, notes: list[Note]):
+        self.stepper, self.notes = stepper, notes
+        self.order, self.adaptive, self.weights = stepper.order, stepper.adaptive, stepper.weights
+        self.linear: Stepper = getattr(stepper, "linear", stepper)
+
+    def advance(self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        history, moments, moment_history = memory or (None, torch.zeros(len(x), 6, dtype=torch.float64), None)
+        self.notes.clear()
+        dx, history = self.stepper.advance(field, x, t, t_next, history)
+        replayed = _replay(self.notes)
+        change, moment_history = self.linear.advance(lambda m, t: next(replayed), moments, t, t_next, moment_history)
+        moments = moments + change
+
+        open_ = torch.ones(len(x), dtype=torch.bool)
+        for note in self.notes:
+            closing, open_ = note.closes & open_, open_ & ~note.closes
+            dx = _repaid(dx, moments, note, closing)
+            history = _paired(history, moment_history, lambda big, small: _repaid(big, small, note, closing))  # noqa: B023
+        moments = _next_gap(moments, ~open_)
+        moment_history = _paired(moment_history, moment_history, lambda small, _: _next_gap(small, ~open_))
+        return dx, (history, moments, moment_history)
+
+
+def _replay(notes: list[Note]) -> Iterator[Tensor]:
+    """The offsets of a step's queries, (B, 6): in the first three until the sample is evaluated, then in the others."""
+    closed = torch.zeros_like(notes[0].closes)
+    for note in notes:
+        closed = closed | note.closes
+        yield torch.cat([note.offset * ~closed[:, None], note.offset * closed[:, None]], 1)
+
+
+def _repaid(big: Tensor, small: Tensor, note: Note, closing: Tensor) -> Tensor:
+    """A state (B, ...) with what the gaps of the samples `closing` owe, from its moments (B, 6)."""
+    weights = owed(small[:, :3], note.nodes) * closing[:, None]
+    return big + combine(weights, note.outputs) if weights.any() else big
+
+
+def _next_gap(small: Tensor, closed: Tensor) -> Tensor:
+    """The moments (B, 6) with the closed gap's gone and the next one's in their place."""
+    return torch.where(closed[:, None], torch.cat([small[:, 3:], torch.zeros_like(small[:, 3:])], 1), small)
+
+
+def _paired(history: Any, moments: Any, change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """A stepper's history with every state in it changed beside its moments, and what is no state kept."""
+    pairs = zip(tensors(history), tensors(moments), strict=True)
+    return replace(history, [change(big, small) if small.ndim == 2 else big for big, small in pairs])

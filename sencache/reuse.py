@@ -1,0 +1,50 @@
+"""What a reuse returns: the last evaluation, or its continuation along the line through the last two.
+
+A payload is y_r + phi (y_r - y_2), of the last two evaluations at s_r and s_2 in the variable s(t) in which outputs are
+continued. phi = 0 holds; phi = (s - s_r) / (s_r - s_2) extrapolates linearly, which keeps a second-order solver at its
+order. Shapes: (B,) float64 on the host for everything about time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+REACH = 4.0  # how many times the span between two evaluations a line through them is continued
+
+Variable = Callable[[Tensor], Tensor]
+Phi = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def hold(s: Tensor, s_ref: Tensor, s_before: Tensor) -> Tensor:
+    """phi of the zeroth order: the evaluation itself."""
+    return torch.zeros_like(s)
+
+
+def linear(s: Tensor, s_ref: Tensor, s_before: Tensor) -> Tensor:
+    """phi of the first order. No line without two evaluations (s_before NaN), nor further than `REACH` spans."""
+    phi = ((s - s_ref) / (s_ref - s_before)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return phi.clamp(-REACH, REACH)
+
+
+REUSES: dict[str, Phi] = {"hold": hold, "linear": linear}
+
+
+def time_itself(t: Tensor) -> Tensor:
+    """s = t."""
+    return t
+
+
+def log_to_zero(t: Tensor) -> Tensor:
+    """s = log t, for data at t = 0: near there log-SNR but for a constant."""
+    return t.abs().clamp(min=1e-12).log()
+
+
+def log_to_one(t: Tensor) -> Tensor:
+    """s = log(1 - t), for data at t = 1."""
+    return log_to_zero(1 - t)
+
+
+VARIABLES: dict[str, Variable] = {"t": time_itself, "log t": log_to_zero, "log(1 - t)": log_to_one}
