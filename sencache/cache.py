@@ -1,4 +1,4 @@
-"""`CachedField`: a velocity field that answers from memory. What it may reuse is in `run.py`, what it returns in `reuse.py`.
+"""`CachedField`: a velocity field that answers from memory; Algorithm 1 itself is in `run.py`.
 
 Shapes: x (B, ...); ts (K + 1,); t as the sampler has it.
 """

@@ -124,7 +124,7 @@ class Problem:
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for some in real.split(1 << 15):
             left = self.residual(some[:, 0] - 1, some[:, 1], some[:, 2])
-            cost[some[:, 0] - 1, some[:, 1], some[:, 2]] = ((left @ mean) * left).sum(1).clamp(min=0)
+            cost[some[:, 0] - 1, some[:, 1], some[:, 2]] = _form(left, mean)
         return cost
 
 
@@ -152,8 +152,8 @@ def plan(problem: Problem, nodes: Tensor) -> Plan:
     size = len(problem.times)
     before = torch.cat([torch.tensor([-1]), nodes[:-1]])
     end = torch.cat([nodes[1:], torch.tensor([size])])
-    total = problem.residual(before, nodes, end).sum(0)
-    error = torch.einsum("i,sij,j->s", total, problem.gram, total).clamp(min=0).sqrt()
+    total = problem.residual(before, nodes, end).sum(0, keepdim=True)
+    error = torch.cat([_form(total, gram) for gram in problem.gram]).sqrt()
     return Plan(problem.times, nodes, problem.reuse, problem.variable, problem.correct, _changes(problem, nodes), error)
 
 
@@ -168,7 +168,12 @@ def _changes(problem: Problem, nodes: Tensor) -> Tensor:
     weights[j, j] += 1
     weights[j, ref] -= 1 + phi
     weights[j, before.clamp(min=0)] += phi
-    return ((weights @ mean) * weights).sum(1).clamp(min=0).sqrt()
+    return _form(weights, mean).sqrt()
+
+
+def _form(weights: Tensor, gram: Tensor) -> Tensor:
+    """w^T G w of each row of weights (n, T), (n,)."""
+    return ((weights @ gram) * weights).sum(1).clamp(min=0)
 
 
 def plan_for(

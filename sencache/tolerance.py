@@ -10,7 +10,7 @@ from solvers.loop import check_grid
 
 
 def strict_start(ts: Tensor, tolerance: float, strict: float = 0.01, share: float = 0.2) -> Callable[[float], float]:
-    """epsilon(t) of the paper's experiments: `strict` in the first `share` of the steps of ts (K + 1,), then `tolerance`.
+    """epsilon(t) of the paper's experiments: `strict` in the first `share` of the steps of ts (K + 1,), then another.
 
     The paper's settings are 0.01 for the first 20 %, then 0.1 (slow) or 0.2 (fast) for Wan, 0.6 for CogVideoX and 0.5
     for LTX. Step k begins at ts[k]; a time between two grid times belongs to the step it lies in.
