@@ -52,6 +52,11 @@ def calibrate(
     ts = check_grid(ts)
     if stepper.adaptive:
         raise ValueError(f"Calibrate with a fixed-step method; {stepper} chooses its own steps.")
+    if file is not None and hasattr(stepper, "noise"):
+        raise ValueError(
+            "The noise of a stochastic sampler goes on from where its generator stands, so that a measurement cannot "
+            "be continued: leave out `file`, and save the profile at the end."
+        )
     noise = None
     if path is not None:
         noise = torch.randn(x.shape, generator=generator or torch.Generator().manual_seed(0), dtype=x.dtype).to(x)
@@ -60,6 +65,7 @@ def calibrate(
         "along": "its own trajectories" if path is None else "forward-noised data",
         "path": str(path or getattr(field, "path", None)),
         "stepper": str(stepper),
+        "norm": getattr(norm, "__qualname__", str(norm)),
         "grid": f"{len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}",
         "shape": list(x.shape[1:]),
         "samples": len(x),
@@ -68,6 +74,9 @@ def calibrate(
     }
     done = _resumed(file, facts)
     select = getattr(field, "select", None)
+    if done and facts["fingerprint"] is None:
+        first = x[:1] if noise is None or path is None else path.sample(x[:1], noise[:1], ts[0])
+        _check_output((select(torch.tensor([0])) if select else field)(first, ts[0]), done[0][2][0, 0, 0], file)
     groups = [torch.tensor([s]) for s in range(len(x))] if select else [torch.arange(len(x))]
     with torch.no_grad(), tqdm(total=len(x) * (len(ts) - 1), desc="calibrate", disable=not progress) as bar:
         bar.update(sum(len(part[0]) for part in done) * (len(ts) - 1))
@@ -139,9 +148,18 @@ def _resumed(file: str | File | None, facts: dict) -> list[tuple[Tensor, ...]]:
     if dict(before.facts) != facts:
         other = {name: before.facts.get(name) for name in facts if before.facts.get(name) != facts[name]}
         raise ValueError(
-            f"{file} holds another measurement, which differs in {other}. Name another file, or remove that one."
+            f"{file} holds another measurement, which differs in {other}. Name another file, or remove it."
         )
     return list(zip(*(part.split(1) for part in measured if part is not None), strict=True))
+
+
+def _check_output(y: Tensor, square: Tensor, file: object) -> None:
+    """Raise where a field without a fingerprint does not give the output that the file begins with."""
+    now = rms(y.double()).square().cpu()
+    if not torch.allclose(now, square.expand_as(now), rtol=1e-3):
+        raise ValueError(
+            f"{file} holds another measurement, which differs in its first output. Name another file, or remove it."
+        )
 
 
 def _digest(*inputs: Tensor | None) -> str:

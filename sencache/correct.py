@@ -100,7 +100,7 @@ def _replay(notes: list[Note]) -> Iterator[Tensor]:
 
 def _repaid(big: Tensor, small: Tensor, note: Note, closing: Tensor) -> Tensor:
     """A state (B, ...) with what the gaps of the samples `closing` owe, from its moments (B, 6)."""
-    weights = owed(small[:, :3], note.nodes) * closing[:, None]
+    weights = torch.where(closing[:, None], owed(small[:, :3], note.nodes), 0.0)
     return big + combine(weights, note.outputs) if weights.any() else big
 
 

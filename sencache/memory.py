@@ -58,7 +58,7 @@ class Branch:
 
     def look(self, x: Any, clock: Tensor, norm: Norm) -> Look:
         """Compare a query with the memory, at the price of one transfer from the device."""
-        if self.y is None or _kind(x) != _kind(self.x):  # another shape, dtype or device is another trajectory
+        if self.y is None or _kind(x) != _kind(self.x) or clock.shape != self.t.shape:  # another trajectory
             return self._begin(clock)
         parts = zip(tensors(x), tensors(self.last_x), strict=True)
         unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts]).all(0)
@@ -154,7 +154,7 @@ class Branches:
 
 def clock_of(t: Tensor | float, batch: int) -> Tensor:
     """t as (B, T) float64 on the host, whatever way the sampler writes it."""
-    clock = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    clock = torch.as_tensor(t, dtype=torch.float64).detach().cpu().clone()
     if clock.ndim and clock.shape[0] not in (1, batch):
         raise ValueError(f"t must be a float, (), (B,) or (B, T) with B = {batch}; got shape {tuple(clock.shape)}.")
     return clock.reshape(clock.shape[0] if clock.ndim else 1, -1).expand(batch, -1)
@@ -201,16 +201,28 @@ def _kind(tree: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
     return [(part.shape, part.dtype, part.device) for part in tensors(tree)]
 
 
-def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
-    """What the call was conditioned on: every leaf, and for a tensor how often it has been written to."""
-    parts = leaves([list(args), [[name, kwargs[name]] for name in sorted(kwargs)]])
-    return [(part, part._version if isinstance(part, Tensor) and not part.is_inference() else 0) for part in parts]
+def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """What the call was conditioned on: every leaf, and of a tensor how often it has been written to.
+
+    Tensors made in inference mode do not count that; of them the contents are kept.
+    """
+
+    def state(part: Any) -> Any:
+        return 0 if not isinstance(part, Tensor) else part.clone() if part.is_inference() else part._version
+
+    return [(part, state(part)) for part in leaves((args, dict(sorted(kwargs.items()))))]
 
 
-def _alike(a: list[tuple[Any, int]], b: list[tuple[Any, int]]) -> bool:
+def _alike(a: list[tuple[Any, Any]], b: list[tuple[Any, Any]]) -> bool:
     plain = (bool, int, float, complex, str, bytes)
+
+    def equal(one: Any, other: Any) -> bool:
+        return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
+
+    def unchanged(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
     return len(a) == len(b) and all(
-        version == other_version
-        and (part is other or (isinstance(part, plain) and type(part) is type(other) and part == other))
-        for (part, version), (other, other_version) in zip(a, b, strict=True)
+        equal(part, other) and unchanged(state, other_state)
+        for (part, state), (other, other_state) in zip(a, b, strict=True)
     )

@@ -45,7 +45,7 @@ class SensitivityProfile:
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha_x", "alpha_t"):
-            value = torch.as_tensor(getattr(self, name)).detach().double().cpu()
+            value = torch.as_tensor(getattr(self, name)).detach().double().cpu().clone()
             object.__setattr__(self, name, value)
             if value.ndim != 1 or value.shape != self.t.shape:
                 came = f"{tuple(value.shape)} beside t's {tuple(self.t.shape)}"
@@ -150,10 +150,12 @@ class SensitivityProfile:
         if numel < 1:
             raise ValueError(f"`numel` is the number of elements of one sample's latent, at least 1; got {numel}.")
         with np.load(path, allow_pickle=False) as file:
-            missing = {"timesteps", "J_x_norm", "J_t_norm"} - set(file.files)
+            names = ["timesteps", "J_x_norm", "J_t_norm", "sample_counts"]
+            missing = [name for name in names[:3] if name not in file.files]
             if missing:
-                raise ValueError(f"Expected {', '.join(sorted(missing))} in {path}; got {', '.join(file.files)}.")
-            parts = {name: torch.from_numpy(file[name].astype(np.float64)).flatten() for name in file.files}
+                raise ValueError(f"Expected {', '.join(missing)} in {path}; got {', '.join(file.files)}.")
+            found = [name for name in names if name in file.files]
+            parts = {name: torch.from_numpy(file[name].astype(np.float64)).flatten() for name in found}
         order = parts["timesteps"].argsort(descending=True)
         unmeasured = parts.get("sample_counts", torch.ones_like(order)) == 0
         alpha_x = parts["J_x_norm"].masked_fill(unmeasured | (parts["J_x_norm"] == 0), torch.nan)

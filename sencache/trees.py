@@ -10,15 +10,19 @@ from torch import Tensor
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """Everything in `tree` that is no container, depth first."""
-    if isinstance(tree, Mapping):
-        tree = tree.values()
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        tree = [getattr(tree, part.name) for part in dataclasses.fields(tree)]
-    elif not isinstance(tree, list | tuple):
+    """Everything in `tree` that is no container, depth first, and of every container its type, size and names."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        parts: list[Any] = [part for name in dataclasses.fields(tree) for part in (name.name, getattr(tree, name.name))]
+    elif isinstance(tree, Mapping):
+        parts = [part for item in tree.items() for part in item]
+    elif isinstance(tree, list | tuple):
+        parts = list(tree)
+    else:
         yield tree
         return
-    for part in tree:
+    yield type(tree)
+    yield len(parts)
+    for part in parts:
         yield from leaves(part)
 
 

@@ -18,7 +18,10 @@ def uniform(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
 
 
 def shifted(steps: int, shift: float, start: float = 1.0, end: float = 0.0) -> Tensor:
-    """t -> shift t / (1 + (shift - 1) t), noise at t = 1: more steps at high noise (Esser et al. 2024, Eq. 23)."""
+    """t -> shift t / (1 + (shift - 1) t), noise at t = 1: more steps at high noise (Esser et al. 2024, Eq. 23).
+
+    `start` and `end` are shifted too; 0 and 1 stay where they are.
+    """
     if not shift > 0:
         raise ValueError(f"`shift` must be positive (1 is uniform, Wan uses 3 to 8); got {shift}.")
     t = _spaced(steps, start, end)
@@ -34,14 +37,20 @@ def logarithmic(steps: int, start: float = 1.0, end: float = 1e-3) -> Tensor:
 
 def log_snr(steps: int, path: Path, start: float = 0.999, end: float = 0.001) -> Tensor:
     """Equal steps of lambda = log(alpha / sigma), the natural grid of exponential integrators (Lu et al. 2022)."""
-    first, last = path.log_snr(start).item(), path.log_snr(end).item()
+    first, last = (path.log_snr(t).item() for t in _inside(start, end))
     return path.time_of(_spaced(steps, first, last))
 
 
 def karras(steps: int, path: Path, start: float = 0.999, end: float = 0.001, rho: float = 7.0) -> Tensor:
     """Equal steps of (sigma / alpha)^(1 / rho) (Karras et al. 2022, Eq. 5)."""
-    first, last = (torch.exp(-path.log_snr(t) / rho).item() for t in (start, end))
+    first, last = (torch.exp(-path.log_snr(t) / rho).item() for t in _inside(start, end))
     return path.time_of(-rho * torch.log(_spaced(steps, first, last)))
+
+
+def _inside(start: float, end: float) -> tuple[float, float]:
+    if not (0 < start < 1 and 0 < end < 1):
+        raise ValueError(f"Log-SNR is infinite at 0 and 1: both ends must lie inside (0, 1); got {start} and {end}.")
+    return start, end
 
 
 def _spaced(steps: int, start: float, end: float) -> Tensor:

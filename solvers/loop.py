@@ -40,17 +40,22 @@ def integrate(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = EU
     """The state (B, ...) at ts[-1]; arguments and errors are `trajectory`'s."""
     for step in trajectory(field, x, ts, stepper):
         x = step.x
+    if not x.isfinite().all():
+        raise FloatingPointError(
+            f"The state overflowed before t = {float(ts[-1]):g}. Take smaller steps, or look there."
+        )
     return x
 
 
 def check_grid(ts: Tensor) -> Tensor:
     """`ts` as a floating-point tensor, or a ValueError that says what is wrong with it."""
-    ts = torch.as_tensor(ts)
+    ts = ts if isinstance(ts, Tensor) else torch.as_tensor(ts, dtype=torch.float64)
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(f"`ts` must be a grid of at least two times, shape (K + 1,); got shape {tuple(ts.shape)}.")
     ts = ts if ts.is_floating_point() else ts.double()
     if not ts.isfinite().all():
-        raise ValueError(f"`ts` must be finite; got {ts.tolist()}.")
+        k = int((~ts.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"`ts` must be finite; got ts[{k}] = {ts[k]:g}.")
     steps = ts.diff()
     wrong = (steps * steps[0].sign() <= 0).nonzero().flatten().tolist() if steps[0] != 0 else [0]
     if wrong:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -45,12 +45,12 @@ class EulerMaruyama:
     noise: dW (B, ...) of an interval as a function of (x, t, t_next): `WhiteNoise(generator)`, or a `BrownianPath`
         that coarse and fine grids share.
     diffusion: "constant", "SBDM", "sigma", "linear", "decreasing" or "increasing-decreasing", each in the time that
-        is 0 at the data. The score is infinite at pure data and "SBDM" at pure noise; only "sigma", "linear" and the
-        two last vanish fast enough at the data for a grid to start from there.
+        is 0 at the data. A grid may end at pure data or pure noise, but not start where something is infinite: the
+        score at the data, "SBDM" at the noise.
     """
 
     path: Path
-    noise: Noise
+    noise: Noise = field(repr=False)
     diffusion: str = "sigma"
     norm: float = 1.0
     order = 0.5
@@ -74,8 +74,9 @@ class EulerMaruyama:
 
     def weights(self, t: Tensor, t_next: Tensor) -> Weights:
         c, dt = self.path.coefficients(t), t_next - t
-        if c.sigma == 0:
-            raise ValueError(f"The score is infinite at pure data (t = {t:g}); start the grid a little off it.")
+        if c.sigma == 0 or not self.w(t).isfinite():
+            what = "score is infinite at pure data" if c.sigma == 0 else f"{self.diffusion} diffusion is infinite"
+            raise ValueError(f"The {what}, at t = {t:g}; start the grid a little off it.")
         score = self.w(t) / 2 * dt.abs() / (c.sigma * c.determinant)  # of score = (alpha' x - alpha v) / (sigma det)
         return Weights(1 + score * c.dalpha, dt - score * c.alpha)
 
@@ -109,6 +110,11 @@ class BrownianPath:
         self.w = torch.cat([torch.zeros_like(x)[None], torch.stack(steps).cumsum(0)])  # (K + 1, B, ...)
 
     def __call__(self, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        if x.shape != self.w.shape[1:]:
+            came, held = tuple(x.shape), tuple(self.w.shape[1:])
+            raise ValueError(
+                f"This Brownian path was drawn for states of shape {held}; got {came}. Draw one for these."
+            )
         return self.w[self._index(t_next)] - self.w[self._index(t)]
 
     def _index(self, t: Tensor) -> int:

@@ -36,6 +36,8 @@ STEPPERS = {
     "Euler-Maruyama": lambda: EulerMaruyama(PATH, WhiteNoise(torch.Generator().manual_seed(0))),
     "RK4": lambda: TorchDiffEq("rk4"),
 }
+MODES = {"to the letter": {}, "linear and corrected": {"reuse": "linear", "correct": True}}
+over_modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
 class Field:
@@ -116,19 +118,21 @@ def test_the_drift_since_the_reference_is_not_summed_again_at_each_step():
 @pytest.mark.parametrize("nothing", [{"tolerance": 0}, {"max_reuses": 0}, {"tolerance": lambda t: 0.0}], ids=str)
 @pytest.mark.parametrize("stepper", STEPPERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_with_nothing_to_reuse_the_result_is_the_bare_fields_bit_for_bit(stepper, nothing, dtype):
+@over_modes
+def test_with_nothing_to_reuse_the_result_is_the_bare_fields_bit_for_bit(stepper, nothing, dtype, mode):
     field, ts = GaussianFlow(PATH), grids.uniform(12, 0.95, 0.05)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    cached = Paper(field, constant(ts, 0, 0), **{"tolerance": 9, "max_reuses": 9, **nothing})
+    cached = Paper(field, constant(ts, 0, 0), **{"tolerance": 9, "max_reuses": 9, **nothing, **mode})
     assert torch.equal(cached.integrate(x, ts, STEPPERS[stepper]()), integrate(field, x, ts, STEPPERS[stepper]()))
     assert not cached.report.reuses.any()
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)
-def test_every_stepper_reuses_and_stays_near_the_bare_field(stepper):
+@over_modes
+def test_every_stepper_reuses_and_stays_near_the_bare_field(stepper, mode):
     field, ts = GaussianFlow(PATH), grids.uniform(40, 0.95, 0.05)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    cached = Paper(field, constant(ts, 0.2, 0), tolerance=0.1)
+    cached = Paper(field, constant(ts, 0.2, 0), tolerance=0.1, **mode)
     end = cached.integrate(x, ts, STEPPERS[stepper]())
     assert (cached.report.reuses > 0).all()
     assert (rms(end - integrate(field, x, ts, STEPPERS[stepper]())) < 0.1).all()
@@ -159,17 +163,18 @@ def runs(report):
 
 
 @pytest.mark.parametrize("stepper", [Euler(), Heun(), DPMSolverPP(PATH, 2)], ids=lambda s: type(s).__name__)
-@settings(max_examples=40)
+@over_modes
+@settings(max_examples=20)
 @given(walk=walks(), tolerance=tolerances, n=limits)
-def test_a_sample_does_not_feel_its_batch(stepper, walk, tolerance, n):
+def test_a_sample_does_not_feel_its_batch(stepper, mode, walk, tolerance, n):
     x, ts, seed = walk
     ts = 0.05 + 0.9 * ts.sort(descending=True).values if isinstance(stepper, DPMSolverPP) else ts
     profile = constant(ts, 0.7, 0.3)
     for kind in (Split, Field):
-        together = Paper(kind(seed), profile, tolerance=tolerance, max_reuses=n)
+        together = Paper(kind(seed), profile, tolerance=tolerance, max_reuses=n, **mode)
         end, report = together.integrate(x, ts, stepper), together.report
         for row in range(len(x)):
-            alone = Paper(kind(seed), profile, tolerance=tolerance, max_reuses=n)
+            alone = Paper(kind(seed), profile, tolerance=tolerance, max_reuses=n, **mode)
             assert torch.equal(end[row : row + 1], alone.integrate(x[row : row + 1], ts, stepper))
             for one, all_ in zip(alone.report.trace, report.trace, strict=True):
                 for name in ("t", "predicted", "reused", "duplicate"):

@@ -77,9 +77,6 @@ def test_the_default_reference_is_good_to_1e5():
         close(integrate(field, X, grids.uniform(steps), stepper), field.solution(X, 1.0, 0.0), 1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="odeint overshoots and interpolates back; its option step_t would stop at the end"
-)
 @pytest.mark.parametrize(("method", "tolerances"), [("dopri5", 10), ("dopri8", 10), ("bosh3", 20), ("fehlberg2", 1000)])
 def test_adaptive_methods_keep_their_tolerance_however_the_grid_is_cut(method, tolerances):
     field, stepper = linear_flow(), TorchDiffEq(method, rtol=1e-7, atol=1e-7)
@@ -88,10 +85,9 @@ def test_adaptive_methods_keep_their_tolerance_however_the_grid_is_cut(method, t
 
 
 METHODS = ["euler", "midpoint", "heun2", "heun3", "rk4", "adaptive_heun", "fehlberg2", "bosh3", "dopri5", "dopri8"]
-NOT_THERE = pytest.mark.xfail(strict=True, raises=ValueError, reason="torchdiffeq 0.2.5 has no tsit5")
 
 
-@pytest.mark.parametrize("method", [*METHODS, pytest.param("tsit5", marks=NOT_THERE)])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_offer_runs(method):
     end = linear_flow().solution(X, 1.0, 0.0)
     close(integrate(linear_flow(), X, grids.uniform(60), TorchDiffEq(method)), end, 0.05)
