@@ -65,12 +65,11 @@ def calibrate(
         "along": "its own trajectories" if path is None else "forward-noised data",
         "path": str(path or getattr(field, "path", None)),
         "stepper": str(stepper),
-        "norm": getattr(norm, "__qualname__", str(norm)),
         "grid": f"{len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}",
         "shape": list(x.shape[1:]),
         "samples": len(x),
         "sencache": version("sencache"),
-        "inputs": _digest(x, ts, noise),
+        "inputs": _digest(x, ts, noise, norm(x)),
     }
     done = _resumed(file, facts)
     select = getattr(field, "select", None)

@@ -8,6 +8,7 @@ from solvers.ode import Euler, Heun, TorchDiffEq
 from solvers.paths import VP, Cosine, Linear, Path
 from solvers.sde import BrownianPath, EulerMaruyama, WhiteNoise
 from solvers.stepper import Step, Stepper, Weights
+from solvers.unipc import UniPC
 
 __all__ = [
     "VP",
@@ -22,6 +23,7 @@ __all__ = [
     "Step",
     "Stepper",
     "TorchDiffEq",
+    "UniPC",
     "VelocityField",
     "Weights",
     "WhiteNoise",

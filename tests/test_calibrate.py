@@ -237,6 +237,14 @@ def test_a_file_of_another_measurement_is_refused(other, tmp_path):
         calibrate(**changed, file=tmp_path / "p.safetensors", progress=False)
 
 
+def test_a_norm_is_known_by_what_it_measures_not_by_its_name(tmp_path):
+    one, same, other = lambda d: rms(d), lambda d: rms(d), lambda d: 2 * rms(d)
+    first = measure(Split(), norm=one, file=tmp_path / "p.safetensors")
+    assert torch.equal(measure(Split(), norm=same, file=tmp_path / "p.safetensors").samples_x, first.samples_x)
+    with pytest.raises(ValueError, match="holds another measurement"):
+        measure(Split(), norm=other, file=tmp_path / "p.safetensors")
+
+
 def test_a_calibration_of_a_stochastic_sampler_is_resumed_with_its_own_noise_or_refused(tmp_path):
     """Its noise goes on from wherever the generator stands, and an interruption moves it."""
 

@@ -184,7 +184,7 @@ def test_a_plan_asks_for_what_it_is_made_from():
 def test_an_authors_file_that_is_none_is_refused(tmp_path):
     file = tmp_path / "p.npz"
     np.savez(file, timesteps=np.ones(3), alpha=np.ones(3))
-    with pytest.raises(ValueError, match=r"Expected J_t_norm, J_x_norm in .*p.npz; got timesteps, alpha"):
+    with pytest.raises(ValueError, match=r"Expected J_x_norm, J_t_norm in .*p.npz; got timesteps, alpha"):
         SensitivityProfile.from_npz(file, numel=4)
     with pytest.raises(ValueError, match=r"`numel` is the number of elements.*at least 1; got 0"):
         SensitivityProfile.from_npz(file, numel=0)

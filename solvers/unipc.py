@@ -1,0 +1,87 @@
+"""UniPC (Zhao et al. 2023, arXiv 2302.04867): DPM-Solver++ whose every evaluation also corrects the step before it.
+
+Data prediction, B(h) = e^h - 1 ("bh2" in diffusers), multistep. The predictor UniP-p is then DPM-Solver++ of order p,
+DDIM or 2M. The corrector UniC-p integrates the polynomial through its predictions and one more, at the step's end. That
+one is evaluated where the predictor led (Alg. 5-8, as used by the authors and diffusers), which the next step does
+anyway: it first moves the state and then steps, so that a step costs one evaluation and the last goes uncorrected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from solvers.dpm import DPMSolverPP
+from solvers.field import VelocityField
+from solvers.paths import Path
+from solvers.stepper import Weights
+
+
+class Previous(NamedTuple):
+    """What is remembered of the step before."""
+
+    data: Tensor  # (B, ...) the data prediction at its start
+    change: Tensor  # (B, ...) by how much that was expected to change until its end
+    h: Tensor  # () its length in log-SNR
+    seen: Tensor  # () weight in the correction of the change that is seen at its end
+    expected: Tensor  # () weight in the correction of `change`
+
+
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC on a field of velocities along `path`, toward the data; order p is UniP-p corrected by UniC-p.
+
+    The corrector lifts the order by one: p + 1 on log-SNR grids inside (0, 1). What `advance` is handed and leads to
+    are the predictor's states, at which the field is evaluated; dx includes the correction of the step before.
+    An infinite step (from pure noise, or to pure data) and the step after one are taken at order 1, and an infinite
+    step is not corrected: in log-SNR its line has no slope.
+    """
+
+    path: Path
+    order: int = 2
+    adaptive = False
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"`order` must be 1 or 2, of UniP and UniC alike; got {self.order}.")
+
+    def weights(self, t: Tensor, t_next: Tensor) -> Weights:
+        """The predictor's; all outputs carry the `field` weight together, and a correction's weights add up to 0."""
+        return DPMSolverPP(self.path).weights(t, t_next)
+
+    def advance(
+        self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Previous | None
+    ) -> tuple[Tensor, Previous]:
+        state, data, h = DPMSolverPP(self.path)._coefficients(t, t_next)
+        prediction = self.path.data_from_velocity(x, field(x, t), t)
+        correction = change = torch.zeros_like(prediction)
+        h_before = torch.full_like(h, torch.inf)
+        if memory is not None:
+            moved = prediction - memory.data
+            correction = memory.seen * moved + memory.expected * memory.change
+            if self.order == 2 and memory.h.isfinite() and h.isfinite():
+                change, h_before = h / memory.h * moved, memory.h
+        seen, expected = _unic(h, h_before)
+        dx = (state - 1) * x + state * correction + data * (prediction + change / 2)  # Eq. 9 of DPM-Solver++
+        return dx, Previous(prediction, change, h, data * seen, data * expected)
+
+
+def _unic(h: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the seen change d and the expected one e in what UniC moves the state by, per unit of D's weight.
+
+    With u in [0, 1] along the step, D(u) = D(0) + d u + (d - e) u (u - 1) / (1 + r) goes through the three predictions,
+    r = h_before / h. Eq. 5 averages it with the density ~ e^(h u), where the predictor took D(0) + e / 2. An infinite
+    `h_before` is no prediction before: then UniC-1, rho = 1/2 whatever B(h) is.
+    """
+    if not h.isfinite():
+        return torch.zeros_like(h), torch.zeros_like(h)
+    if not h_before.isfinite():
+        return torch.full_like(h, 0.5), torch.zeros_like(h)
+    end = -1 / torch.expm1(-h)  # the density at u = 1, over h
+    mean = end - 1 / h  # of u; the cancellation here and below is of the order of d's own rounding
+    square = end - 2 / h * mean  # of u^2
+    bend = (square - mean) / (1 + h_before / h)
+    return mean + bend, -bend - 0.5
