@@ -124,8 +124,8 @@ def advice(results: list[Result], full: Result) -> str:
     ours, rule = (next(row for row in results if row.name.startswith(name)) for name in ("sencache, nfe=10", "paper"))
     near, far = (psnr(row.images, full.images).median().item() for row in (ours, rule))
     return (
-        f"So: calibrate once; `CachedField(field, profile, nfe=10).integrate(x_T, ts)` pays for 10 of {STEPS} evaluations\n"
-        f"and is at {near:.1f} dB to the full run, where the paper's rule pays for {rule.evaluations:.0f} and is at {far:.1f} dB."
+        f"So: calibrate once; `CachedField(field, profile, nfe=10).integrate(x_T, ts)` pays for 10 of {STEPS} and is\n"
+        f"at {near:.1f} dB to the full run. The paper's rule pays for {rule.evaluations:.0f} and is at {far:.1f} dB."
     )
 
 

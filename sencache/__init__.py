@@ -5,6 +5,7 @@ from sencache.calibrate import calibrate
 from sencache.jacobian import JacobianNorms, jacobian_norms
 from sencache.norms import rms
 from sencache.profile import SensitivityProfile, fingerprint
+from sencache.rehearse import rehearse
 from sencache.report import Query, Report
 from sencache.run import Run
 from sencache.tolerance import strict_start
@@ -19,6 +20,7 @@ __all__ = [
     "calibrate",
     "fingerprint",
     "jacobian_norms",
+    "rehearse",
     "rms",
     "strict_start",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.correct import Repaying
+from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Planned, Sensitivities
 from sencache.memory import Key
 from sencache.norms import Norm, rms
@@ -36,9 +36,10 @@ class CachedField:
         that need it are evaluated; otherwise one sample's need computes the whole batch.
     profile: what `calibrate` measured on this field. Without one, `tolerance` goes by the field's own outputs.
 
-    How much to pay is said in one of three ways; without any, it is `rtol=0.02`.
+    How much to pay is said in one of three ways; without any, half of the evaluations are spent.
     nfe: evaluations a sample, spent on the best schedule that the profile knows.
-    rtol: RMS error of the final state relative to that state, for which the cheapest schedule is taken.
+    rtol: RMS error of the final state relative to that state, for which the cheapest schedule is taken that was seen
+        to keep it: needs a profile that went through `rehearse`.
     tolerance: epsilon, the predicted change up to which an output is reused, a number or a function of t such as
         `strict_start(ts, ...)`. With a profile it is the paper's, the RMS change of the output in units of v (Eq. 10);
         without one it is the change of the state that reuses since the last evaluation add up to. At 0 everything is
@@ -74,8 +75,8 @@ class CachedField:
             _check_model(profile, field)
         self.field, self.profile, self.norm, self.key = field, profile, norm, key
         self.nfe, self.tolerance, self.max_reuses = nfe, tolerance, max_reuses
-        self.rtol = 0.02 if nfe is None and tolerance is None and rtol is None else rtol
-        self.reuse, self.correct = reuse, reuse != "hold" if correct is None else correct
+        self.rtol, self.reuse = rtol, reuse
+        self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, Plan] = {}
         self._thread = threading.local()  # every thread has its own current run
 
@@ -92,13 +93,13 @@ class CachedField:
         if stepper.adaptive:
             raise ValueError(
                 f"{stepper} chooses its steps by comparing outputs, and reused outputs fool it into wrong results. "
-                "Integrate the bare field with it, or take a fixed-step method here: Euler, Heun, DPMSolverPP."
+                "Integrate the bare field with it, or take a fixed-step method here: Euler, Heun, DPMSolverPP, UniPC."
             )
         with self._scope(check_grid(ts), stepper) as run:
             if not self.correct:
                 return integrate(run, x, ts, stepper)
-            run.notes = []
-            return integrate(run, x, ts, Repaying(stepper, run.notes))
+            run.ledger = notes = Notes()
+            return integrate(run, x, ts, Repaying(stepper, notes))
 
     def run(self, ts: Tensor | None = None, stepper: Stepper = EULER) -> Any:
         """A scope with a memory of its own, dropped at its end, come what may; the report stays.
@@ -106,14 +107,17 @@ class CachedField:
         Entering it yields the run, a velocity field: hold two to interleave two trajectories. Inside the scope, calls
         of the `CachedField` itself go to the innermost run of their thread.
 
-        ts: the grid (K + 1,) that the sampler will walk, by default the calibrated one; `stepper` is its method.
+        ts: the grid (K + 1,) that the sampler will walk, without which nothing is corrected and plans are for the
+            calibrated grid. stepper: its method, of one evaluation a step, in whose output corrections are folded.
         """
-        return self._scope(None if ts is None else check_grid(ts), stepper)
+        return self._scope(None if ts is None else check_grid(ts), stepper, fold=True)
 
     @contextmanager
-    def _scope(self, ts: Tensor | None, stepper: Stepper) -> Iterator[Run]:
+    def _scope(self, ts: Tensor | None, stepper: Stepper, fold: bool = False) -> Iterator[Run]:
         outer = getattr(self._thread, "run", None)
         run = self._begin(ts, stepper)
+        if fold and self.correct and ts is not None:
+            run.ledger = Folding(stepper, ts)
         try:
             yield run
         finally:
@@ -184,6 +188,8 @@ def _check_options(
     }
     if len(said) > 1:
         raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
+    if profile is not None and rtol is not None:
+        profile.factor(1)  # raises where nothing was rehearsed
     if profile is None and tolerance is None:
         raise ValueError("Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`.")
     if nfe is not None and (nfe < 1 or nfe != int(nfe)):

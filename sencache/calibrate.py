@@ -120,7 +120,7 @@ def _measure(
 
 def _profile(done: list[tuple[Tensor, ...]], ts: Tensor, facts: dict) -> SensitivityProfile:
     x, t, gram, size = (torch.cat(parts) for parts in zip(*done, strict=True))
-    return SensitivityProfile(ts[:-1], x.nanmean(0), t.nanmean(0), x, t, gram, size, ts[-1].double().cpu(), facts)
+    return SensitivityProfile(ts[:-1], x.nanmean(0), t.nanmean(0), x, t, gram, size, ts[-1].double().cpu(), facts=facts)
 
 
 class _First:

@@ -16,7 +16,8 @@ Shapes: B samples; moments (B, 3) float64 on the host, twice: of the gap that an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,14 +61,55 @@ def combine(weights: Tensor, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return first + second + third
 
 
+class Ledger(Protocol):
+    """Where a run enters what each query did."""
+
+    def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+        """The answer to hand out for a query at t (B,) that would be y."""
+
+
+class Notes(list[Note]):
+    """A ledger for `Repaying`: the queries of the present step."""
+
+    def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+        self.append(note)
+        return y
+
+
+class Folding:
+    """A ledger for a sampler that only calls: what a gap owed is folded into the evaluation that ends it.
+
+    The sampler is known by its grid ts (K + 1,) and by `stepper`, which must be linear in one output a step, so that
+    x_next = state * x + field * v: to owe x is to owe v (state / field) as much. Queries off the grid owe nothing.
+    """
+
+    def __init__(self, stepper: Stepper, ts: Tensor):
+        self.ts = ts.double().cpu()
+        self.weights = torch.stack(
+            [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
+        )  # (K, 2)
+        self.moments = torch.zeros(0, 3, dtype=torch.float64)
+
+    def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+        gap, k = (t[:, None] - self.ts[:-1]).abs().min(1)
+        state, gain = self.weights[k].T
+        on_grid = gap <= 1e-6 * (self.ts[-1] - self.ts[0]).abs()
+        moments = self.moments if len(self.moments) == len(t) else torch.zeros_like(note.offset)
+        weights = torch.where((note.closes & on_grid)[:, None], owed(moments, note.nodes), 0.0)
+        moved = state[:, None] * moments + gain[:, None] * note.offset
+        kept = ~note.closes & on_grid
+        self.moments = torch.where(kept[:, None], moved, 0.0)
+        return y + combine((state / gain)[:, None] * weights, note.outputs) if weights.any() else y
+
+
 class Repaying:
     """A stepper that repays, after each step, the gaps that the step's evaluations closed.
 
-    `notes` is where the run writes one `Note` a query. State and history are both corrected, so that a multistep
-    method goes on from what it would have seen.
+    `notes` is the ledger of the run that it steps. State and history are both corrected, so that a multistep method
+    goes on from what it would have seen.
     """
 
-    def __init__(self, stepper: Stepper, notes: list[Note]):
+    def __init__(self, stepper: Stepper, notes: Notes):
         self.stepper, self.notes = stepper, notes
         self.order, self.adaptive, self.weights = stepper.order, stepper.adaptive, stepper.weights
         self.linear: Stepper = getattr(stepper, "linear", stepper)

@@ -36,6 +36,7 @@ class Plan:
     correct: bool
     change: Tensor  # (T,) expected RMS error of each reused output; 0 at the nodes
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
+    relative_error: float  # its median, over the RMS of that state
 
     @property
     def direction(self) -> int:
@@ -147,14 +148,14 @@ def schedules(problem: Problem, most: int) -> list[Tensor]:
     return found
 
 
-def plan(problem: Problem, nodes: Tensor) -> Plan:
-    """What is to be expected of evaluating at the query times `nodes` (N,)."""
-    size = len(problem.times)
+def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
+    """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
     before = torch.cat([torch.tensor([-1]), nodes[:-1]])
-    end = torch.cat([nodes[1:], torch.tensor([size])])
+    end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
     total = problem.residual(before, nodes, end).sum(0, keepdim=True)
     error = torch.cat([_form(total, gram) for gram in problem.gram]).sqrt()
-    return Plan(problem.times, nodes, problem.reuse, problem.variable, problem.correct, _changes(problem, nodes), error)
+    relative, change = float(error.median() / size), _changes(problem, nodes)
+    return Plan(problem.times, nodes, problem.reuse, problem.variable, problem.correct, change, error, relative)
 
 
 def _changes(problem: Problem, nodes: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def plan_for(
     nfe: int | None = None,
     rtol: float | None = None,
 ) -> Plan:
-    """The best plan of `nfe` evaluations on ts (K + 1,), or the cheapest whose expected relative error is under `rtol`.
+    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest that meets `rtol`.
 
     The variable in which outputs are continued is the one in which the plan is expected to do better.
     """
@@ -194,13 +195,19 @@ def plan_for(
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     problems = [Problem(times, gain, profile.gram_at(times), reuse, name, correct) for name in ("t", logarithm)]
-    found = [schedules(problem, nfe or len(times)) for problem in problems]
+    most = len(times) if rtol is not None else nfe or -(-len(times) // 2)
+    found = [schedules(problem, most) for problem in problems]
+    size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
 
     def best(n: int) -> Plan:
-        plans = [plan(problem, nodes[n - 1]) for problem, nodes in zip(problems, found, strict=True)]
+        plans = [expectation(problem, nodes[n - 1], size) for problem, nodes in zip(problems, found, strict=True)]
         return min(plans, key=lambda plan: float(plan.error.median()))
 
-    if nfe is not None or rtol is None or profile.size is None:
-        return best(nfe or len(times))
-    plans = (best(n) for n in range(1, len(times) + 1))
-    return next(plan for plan in plans if (plan.error / profile.size).max() <= rtol or len(plan.nodes) == len(times))
+    if rtol is None:
+        return best(most)
+    promised = (best(n) for n in range(1, most + 1) if profile.factor(n) < torch.inf)
+    return next(
+        plan
+        for plan in promised
+        if plan.relative_error * profile.factor(len(plan.nodes)) <= rtol or len(plan.nodes) == most
+    )

@@ -21,7 +21,7 @@ from scipy.interpolate import make_interp_spline
 from torch import Tensor, nn
 
 FORMAT = "sencache profile 1"
-OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end")
+OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "factors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,8 @@ class SensitivityProfile:
     gram: Tensor | None = None  # (S, M, M) float64, <f_i, f_j> / d between a sample's outputs along its trajectory
     size: Tensor | None = None  # (S,) RMS of each sample's final state
     end: Tensor | None = None  # () the time at which that is
+    budgets: Tensor | None = None  # (R,) int64, rising: the evaluations of the plans that were rehearsed
+    factors: Tensor | None = None  # (R, S') error over expected error of each rehearsed sample
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 
     def __post_init__(self) -> None:
@@ -79,6 +81,17 @@ class SensitivityProfile:
         exact = nearest.min(1).values <= 1e-6 * (high - low)
         weights[exact] = torch.eye(len(order), dtype=torch.float64)[nearest.argmin(1)[exact]]
         return weights @ self.gram @ weights.T
+
+    def factor(self, nfe: int) -> float:
+        """By how much the error of a plan of `nfe` evaluations may exceed what it expects; infinite if unrehearsed.
+
+        The largest factor met in rehearsal, interpolated between budgets.
+        """
+        if self.budgets is None or self.factors is None:
+            raise ValueError("`rtol` needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
+        if nfe < self.budgets[0]:
+            return float("inf")
+        return float(np.interp(nfe, self.budgets.numpy(), self.factors.amax(1).numpy()))
 
     @property
     def direction(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sencache.correct import Note, offset
+from sencache.correct import Ledger, Note, offset
 from sencache.memory import Branches, Key, Look, clock_of, take
 from sencache.norms import Norm
 from sencache.report import Query, Report
@@ -61,7 +61,7 @@ class Run:
     def __init__(self, field: Callable[..., Any], rule: Rule, key: Key | None):
         self.field, self.rule, self.report = field, rule, Report()
         self.branches = Branches(key)
-        self.notes: list[Note] | None = None  # for a correction: what each query of the present step did
+        self.ledger: Ledger | None = None  # for a correction: where each query enters what it did
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The field's output at (x, t), of each sample evaluated or from memory."""
@@ -86,16 +86,18 @@ class Run:
             branch.keep(needed, x, clock, y, seen.anew, rule.norm)  # Alg. 1: the reference moves; m = 0
         branch.stand(x, clock, seen.step, predicted, reused)
 
-        if self.notes is not None:
-            nodes = torch.stack([s, s_ref, s_before], 1)
-            self.notes.append(Note(offset(s - s_ref, phi) * reused[:, None], needed, nodes, (branch.y, *earlier)))
         self.report.add(Query(seen.t, predicted, reused, seen.same, computed, branch.number), seen.anew)
-        return y if needed.all() else branch.answer(phi)
+        answer = y if needed.all() else branch.answer(phi)
+        if self.ledger is None or seen.same.all():
+            return answer
+        nodes = torch.stack([s, s_ref, s_before], 1)
+        note = Note(offset(s - s_ref, phi) * reused[:, None], needed, nodes, (branch.y, *earlier))
+        return self.ledger.enter(answer, note, seen.t)
 
     def forget(self) -> None:
         """Drop every tensor that is held; the report stays."""
         self.branches.clear()
-        self.notes = None
+        self.ledger = None
 
     def _bypass(self, y: Any, x: Any, t: Tensor | float) -> Any:
         """Hand out y with its gradients and keep nothing: a reused output would make them silently wrong."""
@@ -107,9 +109,9 @@ class Run:
         self.branches.clear()
         t = clock_of(t, len(tensors(x)[0]))[:, 0]
         none = torch.zeros_like(t, dtype=torch.bool)
-        if self.notes is not None:
+        if self.ledger is not None:
             nodes = torch.full((len(t), 3), math.nan, dtype=torch.float64)
-            self.notes.append(Note(torch.zeros_like(nodes), none, nodes, (y, y, y)))
+            y = self.ledger.enter(y, Note(torch.zeros_like(nodes), none, nodes, (y, y, y)), t)
         self.report.bypasses += 1
         self.report.add(Query(t, torch.full_like(t, math.inf), none, none, ~none, 0), none)
         return y

@@ -1,9 +1,10 @@
 """UniPC (Zhao et al. 2023, arXiv 2302.04867): DPM-Solver++ whose every evaluation also corrects the step before it.
 
 Data prediction, B(h) = e^h - 1 ("bh2" in diffusers), multistep. The predictor UniP-p is then DPM-Solver++ of order p,
-DDIM or 2M. The corrector UniC-p integrates the polynomial through its predictions and one more, at the step's end. That
-one is evaluated where the predictor led (Alg. 5-8, as used by the authors and diffusers), which the next step does
-anyway: it first moves the state and then steps, so that a step costs one evaluation and the last goes uncorrected.
+DDIM or 2M. The corrector UniC-p integrates the polynomial through the predictor's predictions and one more, at the
+step's end: evaluated where the predictor led, as the authors and diffusers do, it is the evaluation with which the next
+step begins anyway. That step first moves the state and then goes on; so a step costs one evaluation, and the last step
+is not corrected.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Previous(NamedTuple):
 class UniPC:
     """UniPC on a field of velocities along `path`, toward the data; order p is UniP-p corrected by UniC-p.
 
-    The corrector lifts the order by one: p + 1 on log-SNR grids inside (0, 1). What `advance` is handed and leads to
-    are the predictor's states, at which the field is evaluated; dx includes the correction of the step before.
-    An infinite step (from pure noise, or to pure data) and the step after one are taken at order 1, and an infinite
-    step is not corrected: in log-SNR its line has no slope.
+    The corrector lifts the order of convergence to p + 1 (Theorem 3.1) on grids that are smooth in log-SNR. The states
+    between steps are the predictor's, at which the field is evaluated; dx includes the correction of the step before.
+    A step that is infinite in log-SNR (from pure noise, to pure data) and the one after it are taken at order 1, and an
+    infinite step is not corrected.
     """
 
     path: Path
@@ -62,10 +63,10 @@ class UniPC:
         if memory is not None:
             moved = prediction - memory.data
             correction = memory.seen * moved + memory.expected * memory.change
-            if self.order == 2 and memory.h.isfinite() and h.isfinite():
-                change, h_before = h / memory.h * moved, memory.h
+            if self.order == 2 and h.isfinite():
+                change, h_before = h / memory.h * moved, memory.h  # nothing, after an infinite step
         seen, expected = _unic(h, h_before)
-        dx = (state - 1) * x + state * correction + data * (prediction + change / 2)  # Eq. 9 of DPM-Solver++
+        dx = (state - 1) * x + state * correction + data * (prediction + change / 2)
         return dx, Previous(prediction, change, h, data * seen, data * expected)
 
 
@@ -73,8 +74,8 @@ def _unic(h: Tensor, h_before: Tensor) -> tuple[Tensor, Tensor]:
     """Weights of the seen change d and the expected one e in what UniC moves the state by, per unit of D's weight.
 
     With u in [0, 1] along the step, D(u) = D(0) + d u + (d - e) u (u - 1) / (1 + r) goes through the three predictions,
-    r = h_before / h. Eq. 5 averages it with the density ~ e^(h u), where the predictor took D(0) + e / 2. An infinite
-    `h_before` is no prediction before: then UniC-1, rho = 1/2 whatever B(h) is.
+    r = h_before / h. The exact step averages it with the density ~ e^(h u), where the predictor took D(0) + e / 2. With
+    no prediction before, an infinite `h_before`, UniC-1 has the weight 1/2 whatever B(h) is.
     """
     if not h.isfinite():
         return torch.zeros_like(h), torch.zeros_like(h)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sencache import CachedField, SensitivityProfile, rms
-from sencache.correct import Repaying
+from sencache.correct import Notes, Repaying
 from sencache.reuse import REUSES, VARIABLES
 from sencache.run import Rule, Run
 from solvers import (
@@ -88,16 +89,16 @@ def corrected(field, pattern, x, ts, stepper, reuse="linear", variable="t", eval
     recorded, answers = Recorded(field), []
     rule = Rule(Pattern(pattern), lambda t: 1.0, math.inf, REUSES[reuse], VARIABLES[variable], rms)
     run = Run(recorded, rule, None)
-    run.notes = []
+    run.ledger = notes = Notes()
 
     def seen(x, t):
         v = run(x, t)
         answers.append((float(t), v.clone()))
         return v
 
-    end = integrate(seen, x, ts, Repaying(stepper, run.notes))
+    end = integrate(seen, x, ts, Repaying(stepper, notes))
     if evaluated is not None:
-        evaluated += [bool(query.computed.all()) for query in run.report.trace]
+        evaluated += [~(query.reused | query.duplicate) for query in run.report.trace]
     return end, recorded, answers
 
 
@@ -110,7 +111,7 @@ def repaid(answers, pattern, s, upto=None):
     upto = len(answers) if upto is None else upto
     outputs = [v for _, v in answers[:upto]]
     nodes = [q for q in range(upto) if pattern[q]]
-    for i, (r, k) in enumerate(zip(nodes, nodes[1:], strict=False)):
+    for i, (r, k) in enumerate(pairwise(nodes)):
         slope = (outputs[k] - outputs[r]) / (s[k] - s[r]) if s[k] != s[r] else 0 * outputs[k]
         bend = 0 * slope
         if i and s[nodes[i - 1]] != s[r]:
@@ -213,13 +214,13 @@ def test_samples_that_go_by_their_own_outputs_are_repaid_too(split, order):
     ts, answers = to_data(Linear(), 30), []
     stepper, cached = DPMSolverPP(Linear(), order), CachedField(Field(speed), tolerance=0.01)
     with cached.run(ts, stepper) as run:
-        run.notes = []
+        run.ledger = notes = Notes()
 
         def seen(x, t):
             answers.append((float(t), run(x, t).clone()))
             return answers[-1][1].clone()
 
-        end = integrate(seen, X, ts, Repaying(stepper, run.notes))
+        end = integrate(seen, X, ts, Repaying(stepper, notes))
     patterns = torch.stack([~query.reused for query in cached.report.trace])
     assert len(set(patterns.sum(0).tolist())) == 3  # no two samples alike
     close(end, replayed(per_sample(answers, patterns, ts.tolist()), X, ts, stepper))
@@ -238,8 +239,9 @@ def staged(pattern, stepper, steps):
     """Check a method of several stages, forced to evaluate query by query, against the replay."""
     ts, evaluated = to_data(Linear(), steps), []
     end, _, answers = corrected(Nonlinear(), pattern, X, ts, stepper, evaluated=evaluated)
-    close(end, replayed(repaid(answers, evaluated, [t for t, _ in answers]), X, ts, stepper))
-    return evaluated
+    evaluated = torch.stack(evaluated)  # (Q, B): rounding decides of each sample whether it stands where it stood
+    close(end, replayed(per_sample(answers, evaluated, [t for t, _ in answers]), X, ts, stepper))
+    return evaluated.all(1).tolist()
 
 
 def test_a_duplicate_of_a_reused_output_is_repaid_too():
@@ -342,11 +344,45 @@ def test_what_is_held_does_not_grow_with_the_steps(method):
         k = ts.tolist().index(float(t))
         if k in (10, 75):
             gc.collect()
-            counted[k] = sum(type(o) is torch.Tensor and o.shape in {(5, 7, 11), (5, 6), (5, 3)} for o in gc.get_objects())
+            counted[k] = sum(
+                type(o) is torch.Tensor and o.shape in {(5, 7, 11), (5, 6), (5, 3)} for o in gc.get_objects()
+            )
         return -x * t
 
     CachedField(field, tolerance=patient.__getitem__).integrate(x, ts, EVERY[method])
     assert counted[10] == counted[75]
+
+
+# where only calls are seen
+
+
+@pytest.mark.parametrize("method", ["Euler", "DDIM", "Euler-Maruyama"])
+@pytest.mark.parametrize("reuse", REUSES)
+def test_a_loop_of_bare_calls_ends_where_integrate_does(method, reuse):
+    """A method of one output a step: what is owed to the state is handed out with the evaluation."""
+    path = Linear()
+    ts = to_data(path)
+    stepper, wanted = LINEAR_METHODS[method](path, ts), dict(zip(ts.tolist(), PATTERN, strict=False))
+    cached = CachedField(Nonlinear(), tolerance=lambda t: 0.0 if wanted[t] else math.inf, reuse=reuse, correct=True)
+    end = cached.integrate(X, ts, stepper)
+    with cached.run(ts, stepper):
+        close(integrate(cached, X, ts, stepper), end, 1e-12)
+    assert cached.report.evaluations.tolist() == [sum(PATTERN)] * 3
+
+
+def test_a_duplicate_of_an_evaluation_is_answered_alike():
+    """Samplers that ask twice a step get one answer, with what was owed, and owe nothing more for it."""
+    ts, wanted = to_data(Linear()), dict(zip(to_data(Linear()).tolist(), PATTERN, strict=False))
+    ends = []
+    for asks in (1, 2):
+        cached, x = CachedField(Nonlinear(), tolerance=lambda t: 0.0 if wanted[t] else math.inf), X
+        with cached.run(ts):
+            for t, t_next in pairwise(ts):
+                answers = [cached(x, t) for _ in range(asks)]
+                assert torch.equal(answers[0], answers[-1])
+                x = x + (t_next - t) * answers[-1]
+        ends.append(x)
+    assert torch.equal(*ends)
 
 
 # precision

@@ -1,0 +1,48 @@
+"""Rehearse plans on fresh samples, so that an error asked for is an error met: split conformal prediction.
+
+What a plan expects leaves out what errors do to later outputs, so it is too low, by a factor that differs from field to
+field. The factor is measured: R_s = error of sample s / error expected, for S samples that calibration has not seen.
+A new sample's factor is at most the largest of them with probability at least S / (S + 1), whatever their distribution,
+as long as all are exchangeable: new seeds and new prompts are, new seeds of one prompt are not (Vovk et al. 2005).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sencache.cache import CachedField
+from sencache.norms import rms
+from sencache.profile import SensitivityProfile
+from solvers import Euler, Stepper, VelocityField, integrate
+
+EULER = Euler()
+
+
+def rehearse(
+    field: VelocityField,
+    profile: SensitivityProfile,
+    x: Tensor,
+    ts: Tensor,
+    stepper: Stepper = EULER,
+    *,
+    budgets: tuple[int, ...] = (),
+) -> SensitivityProfile:
+    """The profile with the factors of plans of `budgets` evaluations, from fresh x (S, ...) at ts[0] on ts (K + 1,).
+
+    Pays for one full run and one of each plan; the default budgets are a fifth, a third and a half of the full run's.
+    With them `CachedField(field, profile, rtol=...)` keeps what it promises for these plans; between two budgets the
+    factor is interpolated, and below the least nothing is promised and no plan is made.
+    """
+    with torch.no_grad():
+        full = integrate(field, x, ts, stepper)
+        outputs = len(CachedField(field, profile, nfe=1).plan(ts, stepper).times)
+        budgets = tuple(sorted(budgets)) or tuple(max(1, outputs // share) for share in (5, 3, 2))
+        factors = []
+        for nfe in budgets:
+            cached = CachedField(field, profile, nfe=nfe)
+            error = rms(cached.integrate(x, ts, stepper) - full).double() / rms(full).double()
+            factors.append(error.cpu() / cached.plan(ts, stepper).relative_error)
+    return replace(profile, budgets=torch.tensor(budgets), factors=torch.stack(factors))

@@ -1,0 +1,519 @@
+"""Plans: the cheapest schedules there are, with the error that they will have.
+
+The oracle runs the bare stepper on explicit outputs, those of a schedule's reuses replaced by what they would be, and
+looks at the difference in the end; the best schedule is looked for among all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import chain, combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sencache import CachedField, SensitivityProfile, calibrate
+from sencache.plan import Problem, influence, plan, schedules
+from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, TorchDiffEq, grids, integrate
+from tests.flows import GaussianFlow, linear_flow, rms
+
+SIZE, SAMPLES = 5, 3
+S = {"t": lambda t: t, "log t": torch.log, "log(1 - t)": lambda t: torch.log(1 - t)}
+STEPPERS = {
+    "Euler": Euler(),
+    "DDIM": DPMSolverPP(Linear(), 1),
+    "DPM-Solver++ 2M": DPMSolverPP(Linear(), 2),
+    "Heun": Heun(),
+}
+BACKWARD = {
+    "Euler": Euler(),
+    "DDIM": DPMSolverPP(Linear(data_at=1.0), 1),
+    "DPM-Solver++ 2M": DPMSolverPP(Linear(data_at=1.0), 2),
+    "Heun": Heun(),
+}
+KINDS = ["smooth", "rough"]
+WAYS = [("hold", False), ("hold", True), ("linear", False), ("linear", True)]
+IDS = [f"{reuse}, {'repaid' if correct else 'owed'}" for reuse, correct in WAYS]
+WAY = pytest.mark.parametrize(("reuse", "correct"), WAYS, ids=IDS)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def grid(steps=10):
+    """From the noise to the data, uneven, with finite log-SNR and logarithms."""
+    return torch.linspace(0.98, 0.2, steps + 1, dtype=torch.float64) ** 1.5
+
+
+def query_times(stepper, ts):
+    """The distinct times at which a stepper asks, in order."""
+    asked = []
+    integrate(lambda x, t: asked.append(float(t)) or 0 * x, torch.zeros(1, 1, dtype=torch.float64), ts, stepper)
+    return list(dict.fromkeys(asked))
+
+
+def sequences(kind, times, seed=0):
+    """Random outputs (T, SAMPLES, SIZE): cosines of a few frequencies, or noise."""
+    t = torch.tensor(times, dtype=torch.float64)[:, None, None]
+    shape = (SAMPLES, SIZE)
+    if kind == "rough":
+        return torch.randn(len(times), *shape, generator=seeded(seed), dtype=torch.float64)
+    size, rate, phase = torch.rand(3, 3, *shape, generator=seeded(seed), dtype=torch.float64)
+    return sum(2 * a * torch.cos(6 * b * t + 6 * c) for a, b, c in zip(size, rate, phase, strict=True))
+
+
+def gram_of(outputs):
+    """(S, T, T) from (T, S, d)."""
+    return torch.einsum("isd,jsd->sij", outputs, outputs) / outputs.shape[2]
+
+
+def posed(stepper, ts, outputs, reuse, correct, variable="t"):
+    times, gain = influence(stepper, ts)
+    return Problem(times, gain, gram_of(outputs), reuse, variable, correct)
+
+
+def end_state(outputs, stepper, ts, times):
+    """The bare stepper's end (N, ...) on outputs (T, N, ...), the same at every query of one time."""
+    x = torch.zeros_like(outputs[0])
+    return integrate(lambda x, t: outputs[times.index(float(t))], x, ts, stepper)
+
+
+def substituted(outputs, before, ref, end, s, reuse, correct):
+    """outputs (T, ...) as a run of frozen outputs ends up using them in the gap ref -> end."""
+    changed, last = outputs.clone(), len(outputs)
+    for j in range(ref + 1, end):
+        u = s[j] - s[ref]
+        if correct and end < last:  # Newton's form through before, ref, end
+            slope = (outputs[end] - outputs[ref]) / (s[end] - s[ref])
+            changed[j] = outputs[ref] + u * slope
+            if before >= 0:
+                earlier = (outputs[ref] - outputs[before]) / (s[ref] - s[before])
+                changed[j] += u * (s[j] - s[end]) * (slope - earlier) / (s[end] - s[before])
+        elif reuse == "linear" and before >= 0:
+            span = s[ref] - s[before]
+            share = max(-4.0, min(4.0, float(u / span)))
+            changed[j] = outputs[ref] + share * (outputs[ref] - outputs[before])
+        else:
+            changed[j] = outputs[ref]
+    return changed
+
+
+def gaps(nodes, size):
+    """(before, ref, end) of every gap of a schedule."""
+    ends = [*nodes[1:], size]
+    return list(zip([-1, *nodes[:-1]], nodes, ends, strict=True))
+
+
+def costs(outputs, stepper, ts, times, s, reuse, correct):
+    """What each possible gap, alone, does to the end: its mean square over samples and elements."""
+    size = len(times)
+    every = [(-1, 0, e) for e in range(1, size + 1)]
+    every += [(b, r, e) for b in range(size) for r in range(b + 1, size) for e in range(r + 1, size + 1)]
+    changed = torch.stack([substituted(outputs, *gap, s, reuse, correct).flatten(1) for gap in every], 1)  # (T, N, S d)
+    full = end_state(outputs.flatten(1)[:, None], stepper, ts, times)
+    squares = (end_state(changed, stepper, ts, times) - full).square().mean(1)
+    return dict(zip(every, squares.tolist(), strict=True))
+
+
+def simulated(outputs, nodes, stepper, ts, times, s, reuse, correct):
+    """The RMS difference (S,) in the end of a run with frozen outputs."""
+    changed = outputs.clone()
+    for before, ref, end in gaps(nodes, len(times)):
+        changed[ref + 1 : end] = substituted(outputs, before, ref, end, s, reuse, correct)[ref + 1 : end]
+    return rms(end_state(changed, stepper, ts, times) - end_state(outputs, stepper, ts, times))
+
+
+def oracle(kind, stepper, ts, variable):
+    times = query_times(stepper, ts)
+    return times, sequences(kind, times), S[variable](torch.tensor(times, dtype=torch.float64))
+
+
+# the shortest path is the shortest
+
+
+@pytest.mark.parametrize("method", STEPPERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variable", ["t", "log t"])
+@WAY
+def test_no_schedule_of_its_length_costs_less(method, kind, variable, reuse, correct):
+    ts, stepper = grid(), STEPPERS[method]
+    times, outputs, s = oracle(kind, stepper, ts, variable)
+    cost, size = costs(outputs, stepper, ts, times, s, reuse, correct), len(times)
+
+    def total(nodes):
+        return sum(cost[gap] for gap in gaps(nodes, size))
+
+    found = schedules(posed(stepper, ts, outputs, reuse, correct, variable), size)
+    for n, nodes in enumerate(found, 1):
+        assert nodes[0] == 0
+        assert len(set(nodes.tolist())) == n
+        least = min(total((0, *rest)) for rest in combinations(range(1, size), n - 1))
+        assert total(nodes.tolist()) == pytest.approx(least, rel=1e-9, abs=1e-14)
+
+
+def test_fewer_schedules_are_the_same_as_the_first_of_more():
+    ts = grid()
+    problem = posed(Euler(), ts, sequences("smooth", ts[:-1].tolist()), "linear", True)
+    for few, more in zip(schedules(problem, 4), schedules(problem, 10), strict=False):
+        assert torch.equal(few, more)
+
+
+# what is expected of one
+
+
+@settings(max_examples=60)
+@given(
+    st.sets(st.integers(1, 9)),
+    st.sampled_from(list(STEPPERS)),
+    st.sampled_from(KINDS),
+    st.sampled_from(WAYS),
+    st.sampled_from(["t", "log t", "log(1 - t)"]),
+)
+def test_its_error_is_that_of_a_run_with_frozen_outputs(rest, method, kind, way, variable):
+    rising = variable == "log(1 - t)"
+    ts, stepper = (1 - grid(), BACKWARD[method]) if rising else (grid(), STEPPERS[method])
+    times, outputs, s = oracle(kind, stepper, ts, variable)
+    nodes = [0, *sorted(rest)]
+    expected = plan(posed(stepper, ts, outputs, *way, variable), torch.tensor(nodes)).error
+    torch.testing.assert_close(expected, simulated(outputs, nodes, stepper, ts, times, s, *way), rtol=1e-7, atol=1e-10)
+
+
+@settings(max_examples=40)
+@given(st.sets(st.integers(1, 9)), st.sampled_from(KINDS), st.sampled_from(WAYS), st.sampled_from(["t", "log t"]))
+def test_its_change_is_the_rms_error_of_each_reused_output(rest, kind, way, variable):
+    ts, nodes = grid(), [0, *sorted(rest)]
+    times, outputs, s = oracle(kind, Euler(), ts, variable)
+    changed = outputs.clone()
+    for before, ref, end in gaps(nodes, len(times)):
+        changed[ref + 1 : end] = substituted(outputs, before, ref, end, s, way[0], False)[ref + 1 : end]
+    expected = (changed - outputs).square().mean((1, 2)).sqrt()
+    change = plan(posed(Euler(), ts, outputs, *way, variable), torch.tensor(nodes)).change
+    torch.testing.assert_close(change, expected, rtol=1e-7, atol=1e-7)
+    assert (change[nodes] == 0).all()
+
+
+@pytest.mark.parametrize("method", [*STEPPERS, "midpoint", "rk4", "Euler-Maruyama"])
+def test_influence_is_how_far_the_end_moves_with_an_output(method):
+    ts, x = grid(6), torch.randn(2, 3, generator=seeded(1), dtype=torch.float64)
+    noise = BrownianPath(x, ts, seeded(2))
+    more = {
+        "midpoint": TorchDiffEq("midpoint"),
+        "rk4": TorchDiffEq("rk4"),
+        "Euler-Maruyama": EulerMaruyama(Linear(), noise),
+    }
+    stepper = (STEPPERS | more)[method]
+    times, gain = influence(stepper, ts)
+    asked = query_times(Euler() if method == "Euler-Maruyama" else stepper, ts)
+    assert times.tolist() == asked
+    outputs = torch.randn(len(asked), *x.shape, generator=seeded(3), dtype=torch.float64)
+
+    def end(outputs):
+        return integrate(lambda x, t: outputs[asked.index(float(t))], x, ts, stepper)
+
+    for j in range(len(asked)):
+        moved = outputs.clone()
+        moved[j] += 1
+        torch.testing.assert_close(end(moved) - end(outputs), gain[j].expand_as(x), rtol=1e-9, atol=1e-10)
+
+
+# from calibration to the sample: fields that do not feel x, of which everything is known beforehand
+
+
+def free_field(batch=4, size=6, seed=0):
+    """v(t) of each row of the batch, smooth, whatever x."""
+    a, b, c = torch.randn(3, batch, size, generator=seeded(seed), dtype=torch.float64)
+    return lambda x, t: a[: len(x)] * torch.sin(3 * t) + b[: len(x)] * t + c[: len(x)] * torch.exp(-2 * t)
+
+
+X = torch.randn(4, 6, generator=seeded(7), dtype=torch.float64)
+TS = grids.uniform(12, 0.95, 0.05)
+ENDED = {
+    **{name: stepper for name, stepper in STEPPERS.items() if name != "Heun"},
+    "Euler-Maruyama": EulerMaruyama(Linear(), BrownianPath(X, TS, seeded(2))),
+    "midpoint": TorchDiffEq("midpoint"),
+}
+
+
+@pytest.mark.parametrize("method", [name for name in ENDED if name != "midpoint"])
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 11])
+@WAY
+def test_the_error_of_a_sample_is_the_one_that_was_expected(method, n, reuse, correct):
+    field, stepper = free_field(), ENDED[method]
+    profile = calibrate(field, X, TS, stepper, progress=False)
+    cached = CachedField(field, profile, nfe=n, reuse=reuse, correct=correct)
+    actual = rms(cached.integrate(X, TS, stepper) - integrate(field, X, TS, stepper))
+    torch.testing.assert_close(actual, cached.plan(TS, stepper).error, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 11])
+@WAY
+def test_the_error_of_heuns_is_the_one_that_was_expected_too(n, reuse, correct):
+    """Its last query is at the grid's end: what the Gram matrix says of it must be so."""
+    ts, field = grids.uniform(12, 0.95, 0.0), free_field()
+    flat = ts[-2]
+    steady = lambda x, t: field(x, max(torch.as_tensor(t), flat))  # noqa: E731, the last output is the one before
+    profile = calibrate(steady, X, ts, Heun(), progress=False)
+    cached = CachedField(steady, profile, nfe=n, reuse=reuse, correct=correct)
+    actual = rms(cached.integrate(X, ts, Heun()) - integrate(steady, X, ts, Heun()))
+    torch.testing.assert_close(actual, cached.plan(ts, Heun()).error, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_error_at_heuns_last_query_is_known(n):
+    """The end of the grid is a query of Heun's, and outputs go on changing up to there."""
+    field = free_field()
+    profile = calibrate(field, X, TS, Heun(), progress=False)
+    cached = CachedField(field, profile, nfe=n)
+    actual = rms(cached.integrate(X, TS, Heun()) - integrate(field, X, TS, Heun()))
+    torch.testing.assert_close(actual, cached.plan(TS, Heun()).error, rtol=0.1, atol=1e-8)
+
+
+# budgets
+
+
+@pytest.mark.parametrize("method", [*(name for name in ENDED if name != "midpoint"), "Heun"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_budget_is_spent_exactly(method, dtype):
+    flow, ts = GaussianFlow(Linear()), TS.to(dtype)
+    stepper = Heun() if method == "Heun" else ENDED[method]
+    profile = calibrate(flow, X, ts, stepper, progress=False)
+    size = len(query_times(Heun() if method == "Heun" else Euler(), ts))
+    for n in range(1, size + 1):
+        calls = []
+        cached = CachedField(lambda x, t, calls=calls: calls.append(float(t)) or flow(x, t), profile, nfe=n)
+        cached.integrate(X, ts, stepper)
+        nodes = cached.plan(ts, stepper)
+        assert calls == nodes.times[nodes.nodes].tolist()
+        assert cached.report.evaluations.tolist() == [n] * 4
+
+
+@pytest.mark.parametrize("end", [1e-3, 1e-5, 1e-7])
+def test_a_budget_is_spent_exactly_on_grids_of_tiny_last_steps(end):
+    ts = grids.logarithmic(50, 1.0, end)
+    profile = calibrate(linear_flow(), X, ts, progress=False)
+    for n in (10, 50):
+        cached = CachedField(linear_flow(), profile, nfe=n)
+        cached.integrate(X, ts)
+        assert cached.report.evaluations.tolist() == [n] * 4
+
+
+@pytest.mark.parametrize("method", [name for name in ENDED if name != "midpoint"])
+def test_a_budget_for_everything_is_the_bare_run_to_the_bit(method):
+    flow, stepper = GaussianFlow(Linear()), ENDED[method]
+    profile = calibrate(flow, X, TS, stepper, progress=False)
+    cached = CachedField(flow, profile, nfe=12)
+    assert torch.equal(cached.integrate(X, TS, stepper), integrate(flow, X, TS, stepper))
+    assert (cached.plan(TS, stepper).error < 1e-9).all()
+
+
+def test_heun_asks_twice_a_time_and_pays_once():
+    """Of n distinct times; the largest budget is its form with one evaluation a step, still of the second order."""
+    flow, errors = GaussianFlow(Linear()), []
+    for steps in (8, 16, 32):
+        ts = grids.uniform(steps, 0.95, 0.05)
+        cached = CachedField(flow, calibrate(flow, X, ts, Heun(), progress=False), nfe=steps + 1)
+        end = cached.integrate(X, ts, Heun())
+        assert cached.report.queries.tolist() == [2 * steps] * 4
+        assert cached.report.evaluations.tolist() == [steps + 1] * 4
+        errors.append(rms(end - flow.solution(X, 0.95, 0.05)).max().item())
+    assert math.log2(errors[1] / errors[2]) > 1.7
+
+
+# targets
+
+
+def calibrated(field, ts=TS, x=X, stepper=None):
+    return calibrate(field, x, ts, stepper or Euler(), progress=False)
+
+
+@pytest.mark.parametrize("rtol", [0.1, 0.03, 0.01, 1e-3])
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+def test_a_relative_error_is_kept_where_outputs_do_not_feel_the_state(rtol, way):
+    field = free_field()
+    cached = CachedField(field, calibrated(field), rtol=rtol, reuse=way[0], correct=way[1])
+    end, full = cached.integrate(X, TS), integrate(field, X, TS)
+    assert (rms(end - full) / rms(full) <= rtol * (1 + 1e-9)).all()
+    spent = len(cached.plan(TS).nodes)
+    if spent > 1:  # and no evaluation fewer would do, by the plan's own account
+        fewer = CachedField(field, calibrated(field), nfe=spent - 1, reuse=way[0], correct=way[1]).plan(TS)
+        assert (fewer.error / rms(full) > rtol).any()
+
+
+@pytest.mark.parametrize("rtol", [0.1, 0.01, 1e-3])
+@pytest.mark.parametrize("method", ["Euler", "DPM-Solver++ 2M"])
+@pytest.mark.parametrize(("way", "allowed"), list(zip(WAYS, [1.5, 3, 1.5, 3], strict=True)), ids=IDS)
+def test_a_relative_error_is_kept_on_gentle_linear_flows(rtol, method, way, allowed):
+    """Unseen samples, and outputs that feel the state: a plan knows of neither, so `allowed` times rtol."""
+    flow, stepper = linear_flow(), STEPPERS[method]
+    ts, fresh = grids.uniform(40, 0.95, 0.05), torch.randn(6, 6, generator=seeded(8), dtype=torch.float64)
+    gentle = lambda x, t: flow(0.3 * x, t)  # noqa: E731
+    cached = CachedField(gentle, calibrated(gentle, ts, X, stepper), rtol=rtol, reuse=way[0], correct=way[1])
+    end, full = cached.integrate(fresh, ts, stepper), integrate(gentle, fresh, ts, stepper)
+    assert (rms(end - full) / rms(full)).median() <= allowed * rtol
+    assert cached.report.evaluations.max() < 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_smaller_error_never_costs_less(seed):
+    field = free_field(seed=seed)
+    profile = calibrated(field)
+    spent = [len(CachedField(field, profile, rtol=10**-power).plan(TS).nodes) for power in torch.arange(0, 6, 0.25)]
+    assert spent == sorted(spent)
+    assert spent[0] < spent[-1] <= 12
+
+
+def test_an_error_that_cannot_be_had_for_less_costs_everything():
+    rough = lambda x, t: torch.randn(x.shape, generator=seeded(int(1e6 * t)), dtype=x.dtype)  # noqa: E731
+    cached = CachedField(rough, calibrated(rough), rtol=1e-9)
+    assert torch.equal(cached.integrate(X, TS), integrate(rough, X, TS))
+    assert cached.report.evaluations.tolist() == [12] * 4
+
+
+def test_without_a_word_a_plan_is_for_two_percent():
+    field = free_field()
+    profile = calibrated(field)
+    assert torch.equal(CachedField(field, profile).plan().nodes, CachedField(field, profile, rtol=0.02).plan().nodes)
+
+
+# other grids, other loops
+
+
+@pytest.mark.parametrize("steps", [20, 30, 80])
+@pytest.mark.parametrize("n", [4, 8])
+def test_a_plan_for_another_grid_is_close_to_the_one_calibrated_there(steps, n):
+    field, ts = free_field(), grids.uniform(steps, 0.95, 0.05)
+    borrowed, there = (
+        CachedField(field, calibrated(field, measured), nfe=n).plan(ts)
+        for measured in (grids.uniform(40, 0.95, 0.05), ts)
+    )
+    times, gain = influence(Euler(), ts)
+    truth = plan(Problem(times, gain, calibrated(field, ts).gram, "linear", borrowed.variable, True), borrowed.nodes)
+    assert truth.error.median() <= 1.5 * there.error.median()
+    assert borrowed.error.median() == pytest.approx(truth.error.median().item(), rel=0.3)
+
+
+def test_times_between_calibrated_ones_take_the_gram_matrix_of_smooth_outputs():
+    field, fine = free_field(), grids.uniform(95, 0.95, 0.05)[:-1]
+    inside = fine[fine >= TS[-2]]
+    outputs = torch.stack([field(X, t) for t in inside])
+    torch.testing.assert_close(calibrated(field).gram_at(inside), gram_of(outputs), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.01}], ids=["nfe", "rtol"])
+def test_a_loop_of_bare_calls_decides_as_integrate_does(way, options):
+    flow = GaussianFlow(Linear())
+    cached = CachedField(flow, calibrated(flow), reuse=way[0], correct=way[1], **options)
+    end = cached.integrate(X, TS)
+    expected = torch.stack([query.reused for query in cached.report.trace])
+    for ts in (TS, None):  # by default the calibrated grid
+        with cached.run(ts):
+            x = X
+            for t, t_next in pairwise(TS):
+                x = x + (t_next - t) * cached(x, t)
+        assert torch.equal(torch.stack([query.reused for query in cached.report.trace]), expected)
+        if not way[1]:
+            assert torch.equal(x, end)
+
+
+def test_a_plan_that_is_run_says_what_it_expected_of_each_reuse():
+    flow = GaussianFlow(Linear())
+    cached = CachedField(flow, calibrated(flow), nfe=5)
+    cached.integrate(X, TS)
+    made = cached.plan(TS)
+    told = torch.stack([query.predicted for query in cached.report.trace])
+    nodes = torch.zeros(12, dtype=torch.bool).index_fill(0, made.nodes, True)
+    assert told[nodes].isinf().all()
+    torch.testing.assert_close(told[~nodes], made.change[~nodes][:, None].expand(-1, 4))
+
+
+def test_two_grids_and_two_steppers_have_plans_of_their_own():
+    flow = GaussianFlow(Linear())
+    cached = CachedField(flow, calibrated(flow), nfe=4)
+    for ts, stepper in ((TS, Euler()), (TS, DPMSolverPP(Linear())), (grid(), Euler()), (TS, Euler())):
+        made, fresh = cached.plan(ts, stepper), CachedField(flow, cached.profile, nfe=4).plan(ts, stepper)
+        assert torch.equal(made.nodes, fresh.nodes)
+        assert torch.equal(made.times, ts[:-1])
+
+
+# errors
+
+
+def test_more_evaluations_than_there_are_queries_are_refused():
+    field = free_field()
+    cached = CachedField(field, calibrated(field), nfe=13)
+    with pytest.raises(ValueError, match=r"`nfe` is 13, and Euler\(\) asks for only 12 outputs on this grid"):
+        cached.integrate(X, TS)
+
+
+def test_a_whole_number_of_evaluations_may_be_a_float():
+    field = free_field()
+    assert len(CachedField(field, calibrated(field), nfe=5.0).plan().nodes) == 5
+
+
+@pytest.mark.parametrize("nfe", [0, -1, 2.5])
+def test_a_budget_that_is_no_count_is_refused(nfe):
+    with pytest.raises(ValueError, match=r"`nfe` counts evaluations, 1, 2, \.\.\.; got"):
+        CachedField(free_field(), calibrated(free_field()), nfe=nfe)
+
+
+@pytest.mark.parametrize("rtol", [0.0, -0.1, math.nan])
+def test_an_error_that_is_none_is_refused(rtol):
+    with pytest.raises(ValueError, match="`rtol` is a relative error and must be positive"):
+        CachedField(free_field(), calibrated(free_field()), rtol=rtol)
+
+
+@pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.1}, {}], ids=["nfe", "rtol", "neither"])
+def test_without_a_profile_nothing_can_be_planned(options):
+    with pytest.raises(ValueError, match=r"Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first"):
+        CachedField(free_field(), **options)
+
+
+@pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.1}], ids=["nfe", "rtol"])
+def test_without_a_gram_matrix_nothing_can_be_planned(options):
+    profile = SensitivityProfile(TS, torch.ones(13), torch.ones(13))
+    with pytest.raises(ValueError, match=r"has no Gram matrix.*`calibrate`"):
+        CachedField(free_field(), profile, **options).integrate(X, TS)
+
+
+def test_without_an_end_the_calibrated_grid_is_not_known():
+    profile = SensitivityProfile(TS, torch.ones(13), torch.ones(13), gram=torch.eye(13, dtype=torch.float64)[None])
+    with pytest.raises(ValueError, match="does not know where its grid ended"):
+        CachedField(free_field(), profile, nfe=5).plan()
+
+
+@pytest.mark.parametrize(
+    "both", list(chain(combinations(["nfe", "rtol", "tolerance"], 2), [("nfe", "rtol", "tolerance")])), ids="+".join
+)
+def test_one_way_to_say_how_much_to_pay(both):
+    values = {"nfe": 5, "rtol": 0.1, "tolerance": 0.1}
+    with pytest.raises(ValueError, match=f"in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(both)}"):
+        CachedField(free_field(), calibrated(free_field()), **{name: values[name] for name in both})
+
+
+def test_under_a_tolerance_there_is_no_plan():
+    with pytest.raises(ValueError, match="A plan needs a profile and `nfe` or `rtol`"):
+        CachedField(free_field(), calibrated(free_field()), tolerance=0.1).plan()
+
+
+# its price
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(50, 1), (100, 5)])
+@pytest.mark.parametrize("options", [{"nfe": 20}, {"rtol": 0.02}], ids=["nfe", "rtol"])
+def test_a_plan_is_made_while_a_person_waits(steps, seconds, options):
+    ts = grids.uniform(steps)
+    outputs = sequences("rough", ts[:-1].tolist())
+    ones = torch.ones(steps)
+    profile = SensitivityProfile(ts[:-1], ones, ones, gram=gram_of(outputs), size=torch.ones(SAMPLES), end=ts[-1])
+
+    def spent():
+        begun = time.process_time()
+        CachedField(free_field(), profile, **options).plan(ts)
+        return time.process_time() - begun
+
+    assert min(spent() for _ in range(2)) < seconds
