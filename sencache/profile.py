@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,15 +84,17 @@ class SensitivityProfile:
         return weights @ self.gram @ weights.T
 
     def factor(self, nfe: int) -> float:
-        """By how much the error of a plan of `nfe` evaluations may exceed what it expects; infinite if unrehearsed.
+        """By how much the error of a plan of `nfe` evaluations exceeds what it expects in at most 10 % of samples.
 
-        The largest factor met in rehearsal, interpolated between budgets.
+        The conformal quantile of the factors met in rehearsal, interpolated between budgets; infinite below the least.
         """
         if self.budgets is None or self.factors is None:
             raise ValueError("`rtol` needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
         if nfe < self.budgets[0]:
             return float("inf")
-        return float(np.interp(nfe, self.budgets.numpy(), self.factors.amax(1).numpy()))
+        samples = self.factors.shape[1]
+        k = min(samples, math.ceil(0.9 * (samples + 1)))
+        return float(np.interp(nfe, self.budgets.numpy(), self.factors.kthvalue(k, 1).values.numpy()))
 
     @property
     def direction(self) -> int:

@@ -2,8 +2,9 @@
 
 What a plan expects leaves out what errors do to later outputs, so it is too low, by a factor that differs from field to
 field. The factor is measured: R_s = error of sample s / error expected, for S samples that calibration has not seen.
-A new sample's factor is at most the largest of them with probability at least S / (S + 1), whatever their distribution,
-as long as all are exchangeable: new seeds and new prompts are, new seeds of one prompt are not (Vovk et al. 2005).
+A new sample's factor is at most the k-th smallest of them with probability at least k / (S + 1), whatever their
+distribution, as long as all are exchangeable: new seeds with new prompts are, new seeds of one prompt are not (Vovk et
+al. 2005). k is chosen for 90 %; fewer than 9 samples cannot promise that, and their largest promises S / (S + 1).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from itertools import chain, combinations, pairwise
 
 import pytest
@@ -15,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sencache import CachedField, SensitivityProfile, calibrate
-from sencache.plan import Problem, influence, plan, schedules
+from sencache import CachedField, SensitivityProfile, calibrate, rehearse
+from sencache.plan import Problem, expectation, influence, schedules
 from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, TorchDiffEq, grids, integrate
 from tests.flows import GaussianFlow, linear_flow, rms
 
@@ -100,6 +101,10 @@ def substituted(outputs, before, ref, end, s, reuse, correct):
         else:
             changed[j] = outputs[ref]
     return changed
+
+
+def plan(problem, nodes):
+    return expectation(problem, nodes, torch.tensor(1.0))
 
 
 def gaps(nodes, size):
@@ -330,37 +335,29 @@ def calibrated(field, ts=TS, x=X, stepper=None):
     return calibrate(field, x, ts, stepper or Euler(), progress=False)
 
 
-@pytest.mark.parametrize("rtol", [0.1, 0.03, 0.01, 1e-3])
-@pytest.mark.parametrize("way", WAYS, ids=IDS)
-def test_a_relative_error_is_kept_where_outputs_do_not_feel_the_state(rtol, way):
-    field = free_field()
-    cached = CachedField(field, calibrated(field), rtol=rtol, reuse=way[0], correct=way[1])
-    end, full = cached.integrate(X, TS), integrate(field, X, TS)
-    assert (rms(end - full) / rms(full) <= rtol * (1 + 1e-9)).all()
-    spent = len(cached.plan(TS).nodes)
-    if spent > 1:  # and no evaluation fewer would do, by the plan's own account
-        fewer = CachedField(field, calibrated(field), nfe=spent - 1, reuse=way[0], correct=way[1]).plan(TS)
-        assert (fewer.error / rms(full) > rtol).any()
+def rehearsed(field, ts=TS, x=X, stepper=None, fresh=X):
+    return rehearse(field, calibrated(field, ts, x, stepper), fresh, ts, stepper or Euler())
 
 
 @pytest.mark.parametrize("rtol", [0.1, 0.01, 1e-3])
 @pytest.mark.parametrize("method", ["Euler", "DPM-Solver++ 2M"])
-@pytest.mark.parametrize(("way", "allowed"), list(zip(WAYS, [1.5, 3, 1.5, 3], strict=True)), ids=IDS)
-def test_a_relative_error_is_kept_on_gentle_linear_flows(rtol, method, way, allowed):
-    """Unseen samples, and outputs that feel the state: a plan knows of neither, so `allowed` times rtol."""
-    flow, stepper = linear_flow(), STEPPERS[method]
-    ts, fresh = grids.uniform(40, 0.95, 0.05), torch.randn(6, 6, generator=seeded(8), dtype=torch.float64)
-    gentle = lambda x, t: flow(0.3 * x, t)  # noqa: E731
-    cached = CachedField(gentle, calibrated(gentle, ts, X, stepper), rtol=rtol, reuse=way[0], correct=way[1])
-    end, full = cached.integrate(fresh, ts, stepper), integrate(gentle, fresh, ts, stepper)
-    assert (rms(end - full) / rms(full)).median() <= allowed * rtol
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_a_relative_error_is_kept_on_linear_flows(rtol, method, strength):
+    """Outputs that feel the state, of which a plan knows nothing and a rehearsal does: 16 samples for it, 16 others."""
+    flow, stepper, ts = linear_flow(), STEPPERS[method], grids.uniform(40, 0.95, 0.05)
+    field = lambda x, t: flow(strength * x, t)  # noqa: E731
+    fresh, unseen = torch.randn(2, 16, 6, generator=seeded(8), dtype=torch.float64)
+    cached = CachedField(field, rehearsed(field, ts, X, stepper, fresh), rtol=rtol)
+    end, full = cached.integrate(unseen, ts, stepper), integrate(field, unseen, ts, stepper)
+    kept = rms(end - full) <= rtol * rms(full)
+    assert kept.sum() >= 13  # 16/17 of them are expected to be
     assert cached.report.evaluations.max() < 40
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_smaller_error_never_costs_less(seed):
     field = free_field(seed=seed)
-    profile = calibrated(field)
+    profile = rehearsed(field)
     spent = [len(CachedField(field, profile, rtol=10**-power).plan(TS).nodes) for power in torch.arange(0, 6, 0.25)]
     assert spent == sorted(spent)
     assert spent[0] < spent[-1] <= 12
@@ -368,15 +365,38 @@ def test_a_smaller_error_never_costs_less(seed):
 
 def test_an_error_that_cannot_be_had_for_less_costs_everything():
     rough = lambda x, t: torch.randn(x.shape, generator=seeded(int(1e6 * t)), dtype=x.dtype)  # noqa: E731
-    cached = CachedField(rough, calibrated(rough), rtol=1e-9)
+    cached = CachedField(rough, rehearsed(rough), rtol=1e-9)
     assert torch.equal(cached.integrate(X, TS), integrate(rough, X, TS))
     assert cached.report.evaluations.tolist() == [12] * 4
 
 
-def test_without_a_word_a_plan_is_for_two_percent():
+def test_an_error_asked_for_on_a_grid_shorter_than_every_rehearsal_is_paid_in_full_or_refused_in_words():
+    field, short = free_field(), grids.uniform(2, 0.95, 0.05)
+    profile = rehearse(field, calibrated(field), X, TS, budgets=(4, 6))
+    try:
+        made = CachedField(field, profile, rtol=0.1).plan(short)
+    except ValueError as error:
+        assert "rehearse" in str(error)  # noqa: PT017
+    else:
+        assert len(made.nodes) == 2
+
+
+def test_factors_are_of_the_reuse_that_was_rehearsed():
+    """What was rehearsed with lines and corrections says nothing of holding without them."""
+    flow = GaussianFlow(Linear())
+    cached = CachedField(flow, rehearsed(flow), rtol=0.1, reuse="hold")
+    end, full = cached.integrate(X, TS), integrate(flow, X, TS)
+    assert (rms(end - full) <= 0.1 * rms(full)).all()
+
+
+def test_without_a_word_half_of_the_evaluations_are_spent():
     field = free_field()
-    profile = calibrated(field)
-    assert torch.equal(CachedField(field, profile).plan().nodes, CachedField(field, profile, rtol=0.02).plan().nodes)
+    assert len(CachedField(field, calibrated(field)).plan().nodes) == 6
+
+
+def test_an_error_needs_a_rehearsal():
+    with pytest.raises(ValueError, match=r"`rtol` needs a profile whose plans were rehearsed"):
+        CachedField(free_field(), calibrated(free_field()), rtol=0.1)
 
 
 # other grids, other loops
@@ -407,7 +427,7 @@ def test_times_between_calibrated_ones_take_the_gram_matrix_of_smooth_outputs():
 @pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.01}], ids=["nfe", "rtol"])
 def test_a_loop_of_bare_calls_decides_as_integrate_does(way, options):
     flow = GaussianFlow(Linear())
-    cached = CachedField(flow, calibrated(flow), reuse=way[0], correct=way[1], **options)
+    cached = CachedField(flow, rehearsed(flow), reuse=way[0], correct=way[1], **options)
     end = cached.integrate(X, TS)
     expected = torch.stack([query.reused for query in cached.report.trace])
     for ts in (TS, None):  # by default the calibrated grid
@@ -416,8 +436,8 @@ def test_a_loop_of_bare_calls_decides_as_integrate_does(way, options):
             for t, t_next in pairwise(TS):
                 x = x + (t_next - t) * cached(x, t)
         assert torch.equal(torch.stack([query.reused for query in cached.report.trace]), expected)
-        if not way[1]:
-            assert torch.equal(x, end)
+        if ts is not None:
+            torch.testing.assert_close(x, end, rtol=1e-10, atol=1e-10)  # corrections are folded into the outputs
 
 
 def test_a_plan_that_is_run_says_what_it_expected_of_each_reuse():
@@ -464,7 +484,7 @@ def test_a_budget_that_is_no_count_is_refused(nfe):
 @pytest.mark.parametrize("rtol", [0.0, -0.1, math.nan])
 def test_an_error_that_is_none_is_refused(rtol):
     with pytest.raises(ValueError, match="`rtol` is a relative error and must be positive"):
-        CachedField(free_field(), calibrated(free_field()), rtol=rtol)
+        CachedField(free_field(), rehearsed(free_field()), rtol=rtol)
 
 
 @pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.1}, {}], ids=["nfe", "rtol", "neither"])
@@ -475,7 +495,8 @@ def test_without_a_profile_nothing_can_be_planned(options):
 
 @pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.1}], ids=["nfe", "rtol"])
 def test_without_a_gram_matrix_nothing_can_be_planned(options):
-    profile = SensitivityProfile(TS, torch.ones(13), torch.ones(13))
+    known = {"budgets": torch.tensor([3]), "factors": torch.ones(1, 4)}
+    profile = SensitivityProfile(TS, torch.ones(13), torch.ones(13), **known)
     with pytest.raises(ValueError, match=r"has no Gram matrix.*`calibrate`"):
         CachedField(free_field(), profile, **options).integrate(X, TS)
 
@@ -492,7 +513,7 @@ def test_without_an_end_the_calibrated_grid_is_not_known():
 def test_one_way_to_say_how_much_to_pay(both):
     values = {"nfe": 5, "rtol": 0.1, "tolerance": 0.1}
     with pytest.raises(ValueError, match=f"in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(both)}"):
-        CachedField(free_field(), calibrated(free_field()), **{name: values[name] for name in both})
+        CachedField(free_field(), rehearsed(free_field()), **{name: values[name] for name in both})
 
 
 def test_under_a_tolerance_there_is_no_plan():
@@ -510,6 +531,7 @@ def test_a_plan_is_made_while_a_person_waits(steps, seconds, options):
     outputs = sequences("rough", ts[:-1].tolist())
     ones = torch.ones(steps)
     profile = SensitivityProfile(ts[:-1], ones, ones, gram=gram_of(outputs), size=torch.ones(SAMPLES), end=ts[-1])
+    profile = replace(profile, budgets=torch.tensor([steps]), factors=torch.ones(1, SAMPLES))
 
     def spent():
         begun = time.process_time()
