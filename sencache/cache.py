@@ -70,12 +70,12 @@ class CachedField:
         norm: Norm = rms,
         key: Key | None = None,
     ):
-        _check_options(profile, nfe, rtol, tolerance, max_reuses, reuse)
+        _check_options(profile, nfe, rtol, tolerance, max_reuses, reuse, correct)
         if profile is not None:
             _check_model(profile, field)
         self.field, self.profile, self.norm, self.key = field, profile, norm, key
-        self.nfe, self.tolerance, self.max_reuses = nfe, tolerance, max_reuses
-        self.rtol, self.reuse = rtol, reuse
+        self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
+        self.max_reuses, self.reuse = max_reuses, reuse
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, Plan] = {}
         self._thread = threading.local()  # every thread has its own current run
@@ -182,20 +182,23 @@ def _check_options(
     tolerance: Tolerance | None,
     max_reuses: float,
     reuse: str,
+    correct: bool | None,
 ) -> None:
     said = {
         name: value for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance)) if value is not None
     }
     if len(said) > 1:
         raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
-    if profile is not None and rtol is not None:
-        profile.factor(1)  # raises where nothing was rehearsed
     if profile is None and tolerance is None:
         raise ValueError("Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`.")
     if nfe is not None and (nfe < 1 or nfe != int(nfe)):
         raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")
+    if rtol is not None and (reuse != "linear" or correct is False):
+        raise ValueError("`rtol` is rehearsed with linear reuse and correction; with other choices give `nfe`.")
+    if profile is not None and rtol is not None:
+        profile.factor(1)  # raises where nothing was rehearsed
     if tolerance is not None and not callable(tolerance) and not tolerance >= 0:
         raise ValueError(f"`tolerance` is the size of a change and cannot be negative; got {tolerance}.")
     if not max_reuses >= 0 or (max_reuses < math.inf and max_reuses != int(max_reuses)):

@@ -15,12 +15,13 @@ Shapes: B samples; moments (B, 3) float64 on the host, twice: of the gap that an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from sencache.memory import spread
 from sencache.trees import replace, tensors
@@ -48,6 +49,7 @@ def owed(moments: Tensor, nodes: Tensor) -> Tensor:
     """
     first, second, phi = moments.unbind(1)
     s_k, s_r, s_2 = nodes.unbind(1)
+    s_2 = s_2.where(s_2 != s_r, torch.nan)  # two evaluations at one time make no line
     rate, rate_before = 1 / (s_k - s_r), 1 / (s_r - s_2)
     bend = (second - (s_k - s_r) * first) / (s_k - s_2)  # of the curvature, slope minus the slope before
     k, two = (first + bend.nan_to_num(0.0)) * rate, (bend * rate_before).nan_to_num(0.0, 0.0, 0.0) + phi
@@ -89,8 +91,11 @@ class Folding:
             [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
         )  # (K, 2)
         self.moments = torch.zeros(0, 3, dtype=torch.float64)
+        self.last: tuple[Tensor, Tensor | None] | None = None  # the query before, and what was folded into it
 
     def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+        if self.last is not None and torch.equal(t, self.last[0]) and not note.closes.any():  # asked for again
+            return y if self.last[1] is None else y + self.last[1]
         gap, k = (t[:, None] - self.ts[:-1]).abs().min(1)
         state, gain = self.weights[k].T
         on_grid = gap <= 1e-6 * (self.ts[-1] - self.ts[0]).abs()
@@ -99,7 +104,9 @@ class Folding:
         moved = state[:, None] * moments + gain[:, None] * note.offset
         kept = ~note.closes & on_grid
         self.moments = torch.where(kept[:, None], moved, 0.0)
-        return y + combine((state / gain)[:, None] * weights, note.outputs) if weights.any() else y
+        folded = combine((state / gain)[:, None] * weights, note.outputs) if weights.any() else None
+        self.last = t, folded
+        return y if folded is None else y + folded
 
 
 class Repaying:
@@ -115,40 +122,46 @@ class Repaying:
         self.linear: Stepper = getattr(stepper, "linear", stepper)
 
     def advance(self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        history, moments, moment_history = memory or (None, torch.zeros(len(x), 6, dtype=torch.float64), None)
+        history, moments, moment_history = memory or (None, torch.zeros(len(x), 3, dtype=torch.float64), None)
         self.notes.clear()
         dx, history = self.stepper.advance(field, x, t, t_next, history)
-        replayed = _replay(self.notes)
-        change, moment_history = self.linear.advance(lambda m, t: next(replayed), moments, t, t_next, moment_history)
+
+        closes = torch.stack([note.closes for note in self.notes])  # (Q, B)
+        gap = closes.long().cumsum(0)  # in which each query lies: the open one is 0, a step may close Q
+        beside = [(gap - closes.long())[q] for q in range(len(gap))]  # the gap that query q closes, if it does
+        offsets = iter([_placed(note.offset, at, len(gap)) for note, at in zip(self.notes, gap, strict=True)])
+        moments, moment_history = (
+            replace(tree, [_placed(m, 0 * gap[0], len(gap)) if m.ndim == 2 else m for m in tensors(tree)])
+            for tree in (moments, moment_history)
+        )
+        t, t_next = t.cpu(), t_next.cpu()
+        change, moment_history = self.linear.advance(lambda m, t: next(offsets), moments, t, t_next, moment_history)
         moments = moments + change
 
-        open_ = torch.ones(len(x), dtype=torch.bool)
-        for note in self.notes:
-            closing, open_ = note.closes & open_, open_ & ~note.closes
-            dx = _repaid(dx, moments, note, closing)
-            history = _paired(history, moment_history, lambda big, small: _repaid(big, small, note, closing))  # noqa: B023
-        moments = _next_gap(moments, ~open_)
-        moment_history = _paired(moment_history, moment_history, lambda small, _: _next_gap(small, ~open_))
+        for note, at in zip(self.notes, beside, strict=True):
+            dx = _repaid(dx, moments, note, at)
+            history = _paired(history, moment_history, lambda big, small: _repaid(big, small, note, at))  # noqa: B023
+        moments, moment_history = (
+            replace(tree, [_gap(m, gap[-1]) if m.ndim == 2 else m for m in tensors(tree)])
+            for tree in (moments, moment_history)
+        )
         return dx, (history, moments, moment_history)
 
 
-def _replay(notes: list[Note]) -> Iterator[Tensor]:
-    """The offsets of a step's queries, (B, 6): in the first three until the sample is evaluated, then in the others."""
-    closed = torch.zeros_like(notes[0].closes)
-    for note in notes:
-        closed = closed | note.closes
-        yield torch.cat([note.offset * ~closed[:, None], note.offset * closed[:, None]], 1)
+def _placed(moments: Tensor, gap: Tensor, most: int) -> Tensor:
+    """Moments (B, 3) as those of `gap` (B,) among gaps 0 to `most`: (B, 3 (most + 1)), zero elsewhere."""
+    return (one_hot(gap, most + 1)[:, :, None] * moments[:, None]).flatten(1)
 
 
-def _repaid(big: Tensor, small: Tensor, note: Note, closing: Tensor) -> Tensor:
-    """A state (B, ...) with what the gaps of the samples `closing` owe, from its moments (B, 6)."""
-    weights = torch.where(closing[:, None], owed(small[:, :3], note.nodes), 0.0)
+def _gap(moments: Tensor, gap: Tensor) -> Tensor:
+    """The moments (B, 3) of `gap` (B,)."""
+    return moments.unflatten(1, (-1, 3))[torch.arange(len(gap)), gap]
+
+
+def _repaid(big: Tensor, small: Tensor, note: Note, gap: Tensor) -> Tensor:
+    """A state (B, ...) with what the gap (B,) that a query closed owes, of the samples where it closed one."""
+    weights = torch.where(note.closes[:, None], owed(_gap(small, gap), note.nodes), 0.0)
     return big + combine(weights, note.outputs) if weights.any() else big
-
-
-def _next_gap(small: Tensor, closed: Tensor) -> Tensor:
-    """The moments (B, 6) with the closed gap's gone and the next one's in their place."""
-    return torch.where(closed[:, None], torch.cat([small[:, 3:], torch.zeros_like(small[:, 3:])], 1), small)
 
 
 def _paired(history: Any, moments: Any, change: Callable[[Tensor, Tensor], Tensor]) -> Any:

@@ -45,7 +45,8 @@ class Plan:
 
     def predicted(self, t_ref: Tensor, t: Tensor) -> Tensor:
         """The expected error (B,) of a reuse at t of what was evaluated at t_ref; infinite if a node lies between."""
-        nodes, slack = self.times[self.nodes] * self.direction, 1e-6 * (self.times[-1] - self.times[0]).abs()
+        nodes = self.times[self.nodes] * self.direction
+        slack = self.times.diff().abs().min() / 2 if len(self.times) > 1 else 0.0
         passed, before = (torch.searchsorted(nodes, at * self.direction + slack, right=True) for at in (t, t_ref))
         nearest = (self.times[None] - t[:, None]).abs().argmin(1)
         return torch.where(passed > before, torch.inf, self.change[nearest])
@@ -205,9 +206,9 @@ def plan_for(
 
     if rtol is None:
         return best(most)
+    rehearsed, here = profile.facts.get("rehearsed"), f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}"
+    if rehearsed != here:
+        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
     promised = (best(n) for n in range(1, most + 1) if profile.factor(n) < torch.inf)
-    return next(
-        plan
-        for plan in promised
-        if plan.relative_error * profile.factor(len(plan.nodes)) <= rtol or len(plan.nodes) == most
-    )
+    keeps = (plan for plan in promised if plan.relative_error * profile.factor(len(plan.nodes)) <= rtol)
+    return next(keeps, best(most))

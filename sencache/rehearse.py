@@ -34,8 +34,8 @@ def rehearse(
     """The profile with the factors of plans of `budgets` evaluations, from fresh x (S, ...) at ts[0] on ts (K + 1,).
 
     Pays for one full run and one of each plan; the default budgets are a fifth, a third and a half of the full run's.
-    With them `CachedField(field, profile, rtol=...)` keeps what it promises for these plans; between two budgets the
-    factor is interpolated, and below the least nothing is promised and no plan is made.
+    With them `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper. Between
+    two budgets the factor is interpolated; below the least nothing is promised and no plan is made.
     """
     with torch.no_grad():
         full = integrate(field, x, ts, stepper)
@@ -45,5 +45,6 @@ def rehearse(
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
             error = rms(cached.integrate(x, ts, stepper) - full).double() / rms(full).double()
-            factors.append(error.cpu() / cached.plan(ts, stepper).relative_error)
-    return replace(profile, budgets=torch.tensor(budgets), factors=torch.stack(factors))
+            factors.append((error.cpu() / cached.plan(ts, stepper).relative_error).nan_to_num(nan=0.0))  # 0 of 0
+    facts = {**profile.facts, "rehearsed": f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}"}
+    return replace(profile, budgets=torch.tensor(budgets), factors=torch.stack(factors), facts=facts)

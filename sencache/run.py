@@ -88,10 +88,10 @@ class Run:
 
         self.report.add(Query(seen.t, predicted, reused, seen.same, computed, branch.number), seen.anew)
         answer = y if needed.all() else branch.answer(phi)
-        if self.ledger is None or seen.same.all():
+        if self.ledger is None:
             return answer
         nodes = torch.stack([s, s_ref, s_before], 1)
-        note = Note(offset(s - s_ref, phi) * reused[:, None], needed, nodes, (branch.y, *earlier))
+        note = Note(offset(s - s_ref, phi) * ~needed[:, None], needed, nodes, (branch.y, *earlier))
         return self.ledger.enter(answer, note, seen.t)
 
     def forget(self) -> None:

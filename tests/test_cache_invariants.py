@@ -115,7 +115,10 @@ def test_the_drift_since_the_reference_is_not_summed_again_at_each_step():
     torch.testing.assert_close(predicted[:, 0], 0.2 * torch.arange(1, 10, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("nothing", [{"tolerance": 0}, {"max_reuses": 0}, {"tolerance": lambda t: 0.0}], ids=str)
+NOTHING = ["tolerance 0", "no reuses", "epsilon(t) = 0"]
+
+
+@pytest.mark.parametrize("nothing", [{"tolerance": 0}, {"max_reuses": 0}, {"tolerance": lambda t: 0.0}], ids=NOTHING)
 @pytest.mark.parametrize("stepper", STEPPERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @over_modes
