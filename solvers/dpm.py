@@ -20,6 +20,15 @@ class Previous(NamedTuple):
     h: Tensor  # () its length in log-SNR
 
 
+def exponential_step(path: Path, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """state, data, h of x_next = state * x + data * D, Eq. 9 with alpha_t (1 - e^-h) written without infinities."""
+    now, after = path.coefficients(t), path.coefficients(t_next)
+    if now.sigma == 0:
+        raise ValueError(f"Log-SNR solvers cannot start at pure data (sigma = 0 at t = {t:g}); start a little off it.")
+    state = after.sigma / now.sigma
+    return state, after.alpha - state * now.alpha, path.log_snr(t_next) - path.log_snr(t)
+
+
 @dataclass(frozen=True)
 class DPMSolverPP:
     """DPM-Solver++ on a field of velocities along `path`, toward the data; order 1 is DDIM, order 2 the multistep 2M.
@@ -37,24 +46,16 @@ class DPMSolverPP:
         if self.order not in (1, 2):
             raise ValueError(f"`order` must be 1 (DDIM) or 2 (2M); got {self.order}.")
 
-    def _coefficients(self, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """state, data, h of x_next = state * x + data * D, Eq. 9 with alpha_t (1 - e^-h) written without infinities."""
-        now, after = self.path.coefficients(t), self.path.coefficients(t_next)
-        if now.sigma == 0:
-            raise ValueError(f"DPM-Solver++ cannot start at pure data (sigma = 0 at t = {t:g}); start a little off it.")
-        state = after.sigma / now.sigma
-        return state, after.alpha - state * now.alpha, self.path.log_snr(t_next) - self.path.log_snr(t)
-
     def weights(self, t: Tensor, t_next: Tensor) -> Weights:
         """Of the present output; at order 2 the outputs of two steps carry the `field` weight together."""
-        state, data, _ = self._coefficients(t, t_next)
+        state, data, _ = exponential_step(self.path, t, t_next)
         c = self.path.coefficients(t)
         return Weights(state + data * c.dsigma / c.determinant, -data * c.sigma / c.determinant)
 
     def advance(
         self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Previous | None
     ) -> tuple[Tensor, Previous]:
-        state, data, h = self._coefficients(t, t_next)
+        state, data, h = exponential_step(self.path, t, t_next)
         prediction = self.path.data_from_velocity(x, field(x, t), t)
         slope = torch.zeros_like(h)
         if self.order == 2 and memory is not None and memory.h.isfinite() and h.isfinite():

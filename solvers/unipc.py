@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.dpm import DPMSolverPP
+from solvers.dpm import DPMSolverPP, exponential_step
 from solvers.field import VelocityField
 from solvers.paths import Path
 from solvers.stepper import Weights
@@ -56,7 +56,7 @@ class UniPC:
     def advance(
         self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Previous | None
     ) -> tuple[Tensor, Previous]:
-        state, data, h = DPMSolverPP(self.path)._coefficients(t, t_next)
+        state, data, h = exponential_step(self.path, t, t_next)
         prediction = self.path.data_from_velocity(x, field(x, t), t)
         correction = change = torch.zeros_like(prediction)
         h_before = torch.full_like(h, torch.inf)
