@@ -10,7 +10,8 @@ the moments sum_j c_j (s_j - s_r, (s_j - s_r)^2, phi_j). A stepper is linear in 
 are found by running the stepper itself on three numbers instead of a state: exact for every linear method, its
 history included, and nothing has to be known about it.
 
-Shapes: B samples; moments (B, 3) float64 on the host, twice: of the gap that an evaluation closes, and of the next.
+Shapes: B samples; moments (B, 3) float64 on the host, of the open gap; within a step of Q queries those of up to Q + 1
+gaps stand side by side, (B, 3 (Q + 1)).
 """
 
 from __future__ import annotations
@@ -126,45 +127,47 @@ class Repaying:
         self.notes.clear()
         dx, history = self.stepper.advance(field, x, t, t_next, history)
 
-        closes = torch.stack([note.closes for note in self.notes])  # (Q, B)
-        gap = closes.long().cumsum(0)  # in which each query lies: the open one is 0, a step may close Q
-        beside = [(gap - closes.long())[q] for q in range(len(gap))]  # the gap that query q closes, if it does
-        offsets = iter([_placed(note.offset, at, len(gap)) for note, at in zip(self.notes, gap, strict=True)])
-        moments, moment_history = (
-            replace(tree, [_placed(m, 0 * gap[0], len(gap)) if m.ndim == 2 else m for m in tensors(tree)])
-            for tree in (moments, moment_history)
+        closes = torch.stack([note.closes for note in self.notes]).long()  # (Q, B)
+        lies_in = closes.cumsum(
+            0
+        )  # the gap of each query: 0 is the one that was open, and each evaluation opens another
+        most = len(closes)
+        offsets = iter([_in_gap(note.offset, gap, most) for note, gap in zip(self.notes, lies_in, strict=True)])
+        moments, moment_history = _each((moments, moment_history), lambda m: _in_gap(m, 0 * lies_in[0], most))
+        change, moment_history = self.linear.advance(
+            lambda m, t: next(offsets), moments, t.cpu(), t_next.cpu(), moment_history
         )
-        t, t_next = t.cpu(), t_next.cpu()
-        change, moment_history = self.linear.advance(lambda m, t: next(offsets), moments, t, t_next, moment_history)
         moments = moments + change
 
-        for note, at in zip(self.notes, beside, strict=True):
-            dx = _repaid(dx, moments, note, at)
-            history = _paired(history, moment_history, lambda big, small: _repaid(big, small, note, at))  # noqa: B023
-        moments, moment_history = (
-            replace(tree, [_gap(m, gap[-1]) if m.ndim == 2 else m for m in tensors(tree)])
-            for tree in (moments, moment_history)
-        )
+        for note, closed in zip(self.notes, lies_in - closes, strict=True):
+            dx = _repaid(dx, moments, note, closed)
+            history = _repaid_history(history, moment_history, note, closed)
+        moments, moment_history = _each((moments, moment_history), lambda m: _of_gap(m, lies_in[-1]))
         return dx, (history, moments, moment_history)
 
 
-def _placed(moments: Tensor, gap: Tensor, most: int) -> Tensor:
+def _each(moments: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tree of moments (B, ...), each changed; what is no moment, such as a step's length, is kept."""
+    return replace(moments, [change(part) if part.ndim == 2 else part for part in tensors(moments)])
+
+
+def _in_gap(moments: Tensor, gap: Tensor, most: int) -> Tensor:
     """Moments (B, 3) as those of `gap` (B,) among gaps 0 to `most`: (B, 3 (most + 1)), zero elsewhere."""
     return (one_hot(gap, most + 1)[:, :, None] * moments[:, None]).flatten(1)
 
 
-def _gap(moments: Tensor, gap: Tensor) -> Tensor:
+def _of_gap(moments: Tensor, gap: Tensor) -> Tensor:
     """The moments (B, 3) of `gap` (B,)."""
     return moments.unflatten(1, (-1, 3))[torch.arange(len(gap)), gap]
 
 
-def _repaid(big: Tensor, small: Tensor, note: Note, gap: Tensor) -> Tensor:
+def _repaid(state: Tensor, moments: Tensor, note: Note, gap: Tensor) -> Tensor:
     """A state (B, ...) with what the gap (B,) that a query closed owes, of the samples where it closed one."""
-    weights = torch.where(note.closes[:, None], owed(_gap(small, gap), note.nodes), 0.0)
-    return big + combine(weights, note.outputs) if weights.any() else big
+    weights = torch.where(note.closes[:, None], owed(_of_gap(moments, gap), note.nodes), 0.0)
+    return state + combine(weights, note.outputs) if weights.any() else state
 
 
-def _paired(history: Any, moments: Any, change: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """A stepper's history with every state in it changed beside its moments, and what is no state kept."""
+def _repaid_history(history: Any, moments: Any, note: Note, gap: Tensor) -> Any:
+    """A stepper's history with every state in it repaid by its own moments."""
     pairs = zip(tensors(history), tensors(moments), strict=True)
-    return replace(history, [change(big, small) if small.ndim == 2 else big for big, small in pairs])
+    return replace(history, [_repaid(part, m, note, gap) if m.ndim == 2 else part for part, m in pairs])

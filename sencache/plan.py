@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sencache.correct import offset, owed
+from sencache.correct import owed
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
 from solvers import Stepper, VelocityField
@@ -109,7 +109,8 @@ class Problem:
         left[rows, before.clamp(min=0)] += (weight * phi).sum(1)
         if self.correct:
             later = end < size
-            moments = (weight[..., None] * offset(s - s_ref[:, None], phi)).sum(1)
+            u = s - s_ref[:, None]
+            moments = torch.stack([(weight * part).sum(1) for part in (u, u**2, phi)], 1)
             nodes = torch.stack([s[end.clamp(max=size - 1)], s_ref, s_before], 1)
             repaid = owed(moments, nodes) * later[:, None]
             for node, share in zip((end.clamp(max=size - 1), ref, before.clamp(min=0)), repaid.unbind(1), strict=True):
