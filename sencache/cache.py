@@ -44,8 +44,9 @@ class CachedField:
         `strict_start(ts, ...)`. With a profile it is the paper's, the RMS change of the output in units of v (Eq. 10);
         without one it is the change of the state that reuses since the last evaluation add up to. At 0 everything is
         evaluated.
-    max_reuses: n, reuses in a row of one evaluation under `tolerance`, or `math.inf`. As in the paper's text and its
-        authors' code, n are allowed; Algorithm 1 as printed allows n - 1.
+    max_reuses: n, reuses in a row of one evaluation under `tolerance`, or `math.inf`; by default 3 with a profile and
+        unlimited without. As in the paper's text and its authors' code, n are allowed; Algorithm 1 as printed allows
+        n - 1.
 
     reuse: what a reuse returns: "linear" continues the line through the last two evaluations, "hold" is the last one.
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
@@ -64,7 +65,7 @@ class CachedField:
         nfe: int | None = None,
         rtol: float | None = None,
         tolerance: Tolerance | None = None,
-        max_reuses: float = 3,
+        max_reuses: float | None = None,
         reuse: str = "linear",
         correct: bool | None = None,
         norm: Norm = rms,
@@ -82,7 +83,7 @@ class CachedField:
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The field's output at (x, t), evaluated or from memory, in this thread's current run."""
-        run = getattr(self._thread, "run", None) or self._begin(None, EULER)
+        run = getattr(self._thread, "run", None) or self._begin(None, EULER, False)
         return run(x, t, *args, **kwargs)
 
     def integrate(self, x: Tensor, ts: Tensor, stepper: Stepper = EULER) -> Tensor:
@@ -90,11 +91,6 @@ class CachedField:
 
         Raises ValueError where the stepper is adaptive, or the grid is not in the profile's time unit and direction.
         """
-        if stepper.adaptive:
-            raise ValueError(
-                f"{stepper} chooses its steps by comparing outputs, and reused outputs fool it into wrong results. "
-                "Integrate the bare field with it, or take a fixed-step method here: Euler, Heun, DPMSolverPP, UniPC."
-            )
         with self._scope(check_grid(ts), stepper) as run:
             if not self.correct:
                 return integrate(run, x, ts, stepper)
@@ -114,10 +110,13 @@ class CachedField:
 
     @contextmanager
     def _scope(self, ts: Tensor | None, stepper: Stepper, fold: bool = False) -> Iterator[Run]:
+        if stepper.adaptive:
+            raise ValueError(
+                f"{stepper} chooses its steps by comparing outputs, and reused outputs fool it into wrong results. "
+                "Integrate the bare field with it, or take a fixed-step method here: Euler, Heun, DPMSolverPP, UniPC."
+            )
         outer = getattr(self._thread, "run", None)
-        run = self._begin(ts, stepper)
-        if fold and self.correct and ts is not None:
-            run.ledger = Folding(stepper, ts)
+        run = self._begin(ts, stepper, fold)
         try:
             yield run
         finally:
@@ -125,15 +124,14 @@ class CachedField:
             self._thread.run = outer
 
     def reset(self) -> None:
-        """Forget this thread's current run and begin another, with a new report."""
-        self._begin(None, EULER)
+        """Forget what this thread's current run remembers and begin anew, on the same grid, with a new report."""
+        run = getattr(self._thread, "run", None)
+        self._begin(*(run.sampler if run else (None, EULER, False)))
 
     @property
     def report(self) -> Report:
-        """The record of this thread's latest run."""
-        if not hasattr(self._thread, "report"):
-            self._begin(None, EULER)
-        return self._thread.report
+        """The record of the run that this thread began last; empty before the first."""
+        return getattr(self._thread, "report", None) or Report()
 
     def plan(self, ts: Tensor | None = None, stepper: Stepper = EULER) -> Plan:
         """The schedule that `nfe` or `rtol` leads to on the grid ts (K + 1,), by default the calibrated one."""
@@ -146,8 +144,11 @@ class CachedField:
             self._plans[name] = plan_for(self.profile, grid, stepper, self.reuse, self.correct, self.nfe, self.rtol)
         return self._plans[name]
 
-    def _begin(self, ts: Tensor | None, stepper: Stepper) -> Run:
+    def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
         run = Run(self.field, self._rule(ts, stepper), self.key)
+        run.sampler = ts, stepper, fold
+        if fold and self.correct and ts is not None:
+            run.ledger = Folding(stepper, ts)
         self._thread.run, self._thread.report = run, run.report
         return run
 
@@ -159,10 +160,12 @@ class CachedField:
             return Rule(criterion, _everywhere(math.inf), math.inf, phi, variable, self.norm)
         epsilon = self.tolerance if callable(self.tolerance) else _everywhere(self.tolerance)
         if self.profile is None:
-            return Rule(Differences(VARIABLES["t"]), epsilon, math.inf, phi, VARIABLES["t"], self.norm)
+            n = math.inf if self.max_reuses is None else self.max_reuses
+            return Rule(Differences(VARIABLES["t"]), epsilon, n, phi, VARIABLES["t"], self.norm)
         if ts is not None:
             _check_fit(self.profile, ts)
-        return Rule(Sensitivities(self.profile), epsilon, self.max_reuses, phi, VARIABLES["t"], self.norm)
+        n = 3 if self.max_reuses is None else self.max_reuses
+        return Rule(Sensitivities(self.profile), epsilon, n, phi, VARIABLES["t"], self.norm)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_thread"}
@@ -180,7 +183,7 @@ def _check_options(
     nfe: int | None,
     rtol: float | None,
     tolerance: Tolerance | None,
-    max_reuses: float,
+    max_reuses: float | None,
     reuse: str,
     correct: bool | None,
 ) -> None:
@@ -201,7 +204,9 @@ def _check_options(
         profile.factor(1)  # raises where nothing was rehearsed
     if tolerance is not None and not callable(tolerance) and not tolerance >= 0:
         raise ValueError(f"`tolerance` is the size of a change and cannot be negative; got {tolerance}.")
-    if not max_reuses >= 0 or (max_reuses < math.inf and max_reuses != int(max_reuses)):
+    if max_reuses is not None and tolerance is None:
+        raise ValueError(f"`max_reuses` goes with `tolerance`; a plan knows its own. Got max_reuses={max_reuses}.")
+    if max_reuses is not None and not (max_reuses >= 0 and (max_reuses == math.inf or max_reuses == int(max_reuses))):
         raise ValueError(f"`max_reuses` counts reuses, 0, 1, 2, ... or math.inf; got {max_reuses}.")
     if reuse not in REUSES:
         raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
@@ -219,7 +224,8 @@ def _check_model(profile: SensitivityProfile, field: Any) -> None:
 def _check_fit(profile: SensitivityProfile, ts: Tensor) -> None:
     """Raise where a grid (K + 1,) is not in the profile's unit of time or runs against its direction."""
     inside = int(profile.covers(ts[:-1].double().cpu()).sum())
-    if 2 * inside < len(ts) - 1:
+    span, measured = float((ts[-1] - ts[0]).abs()), float(profile.t.max() - profile.t.min())
+    if 2 * inside < len(ts) - 1 or span < 0.02 * measured:
         raise ValueError(
             f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and only {inside} of the "
             f"grid's {len(ts) - 1} steps begin there (it runs from {ts[0]:g} to {ts[-1]:g}). If that is another unit "

@@ -1,6 +1,6 @@
 """Measure a field's sensitivities once: the secants of Eqs. 11 and 12, and the Gram matrix of its outputs.
 
-Three evaluations a step and sample: the sampler's own f(x, t), and the two that the equations add, f(x + dx, t) with
+The sampler's own evaluations, and two more a step and sample that the equations add to its f(x, t): f(x + dx, t) with
 dx the sampler's own step, and f(x, t + dt). The Gram matrix comes free with the first.
 
 Shapes: S calibration samples, K steps; x (S, ...), ts (K + 1,).
@@ -42,9 +42,10 @@ def calibrate(
     With `path`, x are data instead and each step begins at these data noised along the path, one noise a sample (from
     `generator`, by default seeded with 0): the paper's way, which needs a data set. The paper uses 8 samples.
 
-    A field with `select(rows)` is measured one sample at a time. With `file`, the profile of the samples so far is
-    written there after each of them, and the same call again goes on from it, or returns it if it is complete.
-    K outputs of a sample are held on the host meanwhile.
+    A field with `select(rows)` is measured one sample at a time, any other all at once. With `file`, the profile of the
+    samples so far is written there after each of these, and the same call again goes on from it, or returns it if it
+    is complete. K outputs of a sample are held on the host meanwhile. `norm` is of the sensitivities; the Gram matrix,
+    and so plans, count every element.
 
     Raises ValueError for a grid or a batch that cannot be measured, and where `file` holds another measurement.
     """
@@ -72,10 +73,12 @@ def calibrate(
         "inputs": _digest(x, ts, noise, norm(x)),
     }
     done = _resumed(file, facts)
-    select = getattr(field, "select", None)
+    select = getattr(field, "select", None) if not hasattr(stepper, "noise") else None  # a Brownian path has all rows
     if done and facts["fingerprint"] is None:
-        first = x[:1] if noise is None or path is None else path.sample(x[:1], noise[:1], ts[0])
-        _check_output((select(torch.tensor([0])) if select else field)(first, ts[0]), done[0][2][0, 0, 0], file)
+        with torch.no_grad():
+            start = x if noise is None or path is None else path.sample(x, noise, ts[0])
+            y = select(torch.tensor([0]))(start[:1], ts[0]) if select else field(start, ts[0])[:1]
+        _check_output(y, done[0][2][0, 0, 0], file)
     groups = [torch.tensor([s]) for s in range(len(x))] if select else [torch.arange(len(x))]
     with torch.no_grad(), tqdm(total=len(x) * (len(ts) - 1), desc="calibrate", disable=not progress) as bar:
         bar.update(sum(len(part[0]) for part in done) * (len(ts) - 1))
@@ -108,7 +111,7 @@ def _measure(
         y, dt = first.output, (t_next - t).abs().item()
         alpha_x.append(norm(difference(field(x + dx, t), y)).double() / norm(dx).double())  # Eq. 11
         alpha_t.append(norm(difference(field(x, t_next), y)).double() / dt)  # Eq. 12
-        outputs.append(y.flatten(1).double().cpu())
+        outputs.append(y.reshape(len(y), -1).double().cpu())
         x = x + dx
         bar.update(len(x))
     size = norm(x).double().cpu()

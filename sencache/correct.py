@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sencache.memory import spread
+from sencache.norms import difference
 from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField
 
@@ -35,7 +36,10 @@ class Note(NamedTuple):
     offset: Tensor  # (B, 3) what a reuse adds to the moments; zero where the sample was evaluated
     closes: Tensor  # (B,) bool, the sample was evaluated
     nodes: Tensor  # (B, 3) s_k, s_r, s_2 of an evaluation; NaN where there was none
-    outputs: tuple[Tensor, Tensor, Tensor]  # y_k, y_r, y_2, each (B, ...)
+    outputs: tuple[Any, Any, Any]  # y_k, y_r, y_2, trees of tensors (B, ...)
+    anew: Tensor  # (B,) bool, another trajectory begins: what was owed is not owed by it
+    same: Tensor  # (B,) bool, the query before was asked again
+    branch: int  # which conditioning
 
 
 def offset(u: Tensor, phi: Tensor) -> Tensor:
@@ -58,10 +62,17 @@ def owed(moments: Tensor, nodes: Tensor) -> Tensor:
     return torch.where((moments != 0).any(1, keepdim=True), weights, 0.0)
 
 
-def combine(weights: Tensor, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The sum of outputs (B, ...) weighted by (B, 3)."""
-    first, second, third = (spread(w, y) * y for w, y in zip(weights.unbind(1), outputs, strict=True))
-    return first + second + third
+def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any]) -> Any:
+    """A state, a tree of (B, ...), plus y_k, y_r, y_2 weighted by (B, 3), summing to 0; in float32 or better."""
+    if not weights.any():
+        return state
+
+    def sum_of(part: Tensor, y_k: Tensor, y_r: Tensor, y_2: Tensor) -> Tensor:
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        k, _, two = (spread(weight, wide) for weight in weights.unbind(1))
+        return (wide + k * difference(y_k, y_r) + two * difference(y_2, y_r)).to(part.dtype)
+
+    return replace(state, [sum_of(*parts) for parts in zip(*map(tensors, (state, *outputs)), strict=True)])
 
 
 class Ledger(Protocol):
@@ -84,30 +95,52 @@ class Folding:
 
     The sampler is known by its grid ts (K + 1,) and by `stepper`, which must be linear in one output a step, so that
     x_next = state * x + field * v: to owe x is to owe v (state / field) as much. Queries off the grid owe nothing.
+    Raises ValueError for a stepper that uses more outputs.
     """
 
     def __init__(self, stepper: Stepper, ts: Tensor):
         self.ts = ts.double().cpu()
-        self.weights = torch.stack(
-            [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
-        )  # (K, 2)
-        self.moments = torch.zeros(0, 3, dtype=torch.float64)
-        self.last: tuple[Tensor, Tensor | None] | None = None  # the query before, and what was folded into it
+        _check_one_output(stepper, self.ts)
+        weights = [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
+        self.state, self.gain = torch.stack(weights).T  # (K,) each
+        self.moments: dict[int, Tensor] = {}  # (B, 3) of each conditioning
+        self.folded: dict[int, tuple[Tensor, tuple[Any, Any, Any]]] = {}  # what its last query was repaid
 
     def enter(self, y: Any, note: Note, t: Tensor) -> Any:
-        if self.last is not None and torch.equal(t, self.last[0]) and not note.closes.any():  # asked for again
-            return y if self.last[1] is None else y + self.last[1]
+        if note.same.all():  # asked again, answered again
+            return repaid(y, *self.folded[note.branch])
         gap, k = (t[:, None] - self.ts[:-1]).abs().min(1)
-        state, gain = self.weights[k].T
-        on_grid = gap <= 1e-6 * (self.ts[-1] - self.ts[0]).abs()
-        moments = self.moments if len(self.moments) == len(t) else torch.zeros_like(note.offset)
-        weights = torch.where((note.closes & on_grid)[:, None], owed(moments, note.nodes), 0.0)
-        moved = state[:, None] * moments + gain[:, None] * note.offset
-        kept = ~note.closes & on_grid
-        self.moments = torch.where(kept[:, None], moved, 0.0)
-        folded = combine((state / gain)[:, None] * weights, note.outputs) if weights.any() else None
-        self.last = t, folded
-        return y if folded is None else y + folded
+        on_grid = gap <= 1e-6 * self.ts.diff().abs().min()
+        moments = self.moments.get(note.branch, torch.zeros(0, 3, dtype=torch.float64))
+        moments = moments if len(moments) == len(t) else torch.zeros_like(note.offset)
+        moments = moments.masked_fill(note.anew[:, None], 0)
+        weights = owed(moments, note.nodes) * (self.state / self.gain)[k, None]
+        weights = torch.where((note.closes & on_grid)[:, None], weights, 0.0)
+        moved = self.state[k, None] * moments + self.gain[k, None] * note.offset
+        moved = torch.where((~note.closes & on_grid)[:, None], moved, 0.0)
+        self.moments[note.branch] = torch.where(note.same[:, None], moments, moved)
+        self.folded[note.branch] = weights, note.outputs
+        return repaid(y, weights, note.outputs)
+
+
+def _check_one_output(stepper: Stepper, ts: Tensor) -> None:
+    """Raise unless two steps of outputs 1 and 0 go as `weights` says: one output a step, and no history."""
+    linear, outputs = getattr(stepper, "linear", stepper), iter([1.0, 0.0])
+    x, memory, expected = torch.zeros(1, 1, dtype=torch.float64), None, torch.zeros(1, 1, dtype=torch.float64)
+    try:
+        middle = ts[max(0, len(ts) // 2 - 2) :]  # an end of the grid may be a lower-order step
+        for output, (t, t_next) in zip((1.0, 0.0), pairwise(middle), strict=False):
+            dx, memory = linear.advance(lambda x, t: torch.full_like(x, next(outputs)), x, t, t_next, memory)
+            weights = linear.weights(t, t_next)
+            x, expected = x + dx, weights.state * expected + weights.field * output
+        alone = torch.allclose(x, expected)
+    except (StopIteration, RuntimeError):  # it asked for more than one
+        alone = False
+    if not alone:
+        raise ValueError(
+            "Corrections are folded into bare calls for steppers of one output a step (Euler, DPMSolverPP of order 1, "
+            f"EulerMaruyama); {stepper} uses more. Call `integrate`, or switch corrections off with `correct=False`."
+        )
 
 
 class Repaying:
@@ -164,7 +197,7 @@ def _of_gap(moments: Tensor, gap: Tensor) -> Tensor:
 def _repaid(state: Tensor, moments: Tensor, note: Note, gap: Tensor) -> Tensor:
     """A state (B, ...) with what the gap (B,) that a query closed owes, of the samples where it closed one."""
     weights = torch.where(note.closes[:, None], owed(_of_gap(moments, gap), note.nodes), 0.0)
-    return state + combine(weights, note.outputs) if weights.any() else state
+    return repaid(state, weights, note.outputs)
 
 
 def _repaid_history(history: Any, moments: Any, note: Note, gap: Tensor) -> Any:

@@ -152,6 +152,15 @@ class Branches:
         self.known = []
 
 
+def batch_of(x: Any) -> int:
+    """B, the number of samples in x."""
+    parts = tensors(x)
+    if not parts or not parts[0].ndim or not len(parts[0]):
+        came = f"shape {tuple(parts[0].shape)}" if parts else type(x).__name__
+        raise ValueError(f"x must hold at least one sample, shape (B, ...) with B >= 1; got {came}.")
+    return len(parts[0])
+
+
 def clock_of(t: Tensor | float, batch: int) -> Tensor:
     """t as (B, T) float64 on the host, whatever way the sampler writes it."""
     clock = torch.as_tensor(t, dtype=torch.float64).detach().cpu().clone()

@@ -13,6 +13,7 @@ Shapes: T query times of the grid; S calibration samples; gram (S, T, T); N eval
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -49,7 +50,8 @@ class Plan:
         slack = self.times.diff().abs().min() / 2 if len(self.times) > 1 else 0.0
         passed, before = (torch.searchsorted(nodes, at * self.direction + slack, right=True) for at in (t, t_ref))
         nearest = (self.times[None] - t[:, None]).abs().argmin(1)
-        return torch.where(passed > before, torch.inf, self.change[nearest])
+        outside = (t < self.times.min() - slack) | (t > self.times.max() + slack)
+        return torch.where((passed > before) | outside, torch.inf, self.change[nearest])
 
 
 def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +181,12 @@ def _form(weights: Tensor, gram: Tensor) -> Tensor:
     return ((weights @ gram) * weights).sum(1).clamp(min=0)
 
 
+def sampler_name(stepper: Stepper, ts: Tensor) -> str:
+    """Tells samplers apart: the stepper, and the grid in words and by its digest."""
+    digest = hashlib.sha256(ts.double().cpu().numpy().tobytes()).hexdigest()[:8]
+    return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
+
+
 def plan_for(
     profile: SensitivityProfile,
     ts: Tensor,
@@ -190,6 +198,8 @@ def plan_for(
 ) -> Plan:
     """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest that meets `rtol`.
 
+    Of the several outputs that Heun and its like ask for at one time, a plan evaluates the first and reuses it for the
+    others; and the output at the grid's end, which only they ask for, it takes for the last one that was calibrated.
     The variable in which outputs are continued is the one in which the plan is expected to do better.
     """
     times, gain = influence(stepper, ts)
@@ -207,7 +217,7 @@ def plan_for(
 
     if rtol is None:
         return best(most)
-    rehearsed, here = profile.facts.get("rehearsed"), f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}"
+    rehearsed, here = profile.facts.get("rehearsed"), sampler_name(stepper, ts)
     if rehearsed != here:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
     promised = (best(n) for n in range(1, most + 1) if profile.factor(n) < torch.inf)

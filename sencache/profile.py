@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,12 +87,12 @@ class SensitivityProfile:
     def factor(self, nfe: int) -> float:
         """By how much the error of a plan of `nfe` evaluations exceeds what it expects in at most 10 % of samples.
 
-        The conformal quantile of the factors met in rehearsal, interpolated between budgets; infinite below the least.
+        The conformal quantile of the factors met in rehearsal, interpolated between budgets and infinite outside them.
         """
         if self.budgets is None or self.factors is None:
             raise ValueError("`rtol` needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
-        if nfe < self.budgets[0]:
-            return float("inf")
+        if not self.budgets[0] <= nfe <= self.budgets[-1]:
+            return math.inf
         samples = self.factors.shape[1]
         k = min(samples, math.ceil(0.9 * (samples + 1)))
         return float(np.interp(nfe, self.budgets.numpy(), self.factors.kthvalue(k, 1).values.numpy()))
@@ -165,7 +166,13 @@ class SensitivityProfile:
         """
         if numel < 1:
             raise ValueError(f"`numel` is the number of elements of one sample's latent, at least 1; got {numel}.")
-        with np.load(path, allow_pickle=False) as file:
+        try:
+            archive = np.load(path, allow_pickle=False)
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole .npz file ({error}). Ask for it again.") from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError(f"Expected an .npz of several arrays in {path}; got a single array.")
+        with archive as file:
             names = ["timesteps", "J_x_norm", "J_t_norm", "sample_counts"]
             missing = [name for name in names[:3] if name not in file.files]
             if missing:

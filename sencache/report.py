@@ -13,8 +13,8 @@ class Query(NamedTuple):
     """One call of the cached field, as each of its B samples fared."""
 
     t: Tensor  # (B,) float64, the sampler's time
-    predicted: Tensor  # (B,) float64, S: the predicted change of the output; infinite where nothing was known
-    reused: Tensor  # (B,) bool, the rule's decision: the answer is an earlier output
+    predicted: Tensor  # (B,) float64, what the criterion said, S by the paper's rule; infinite where nothing was known
+    reused: Tensor  # (B,) bool, the rule's decision: the answer is made of earlier outputs
     duplicate: Tensor  # (B,) bool: x, t and conditioning were those of the call before
     computed: Tensor  # (B,) bool: the row went through the field
     branch: int  # which conditioning, in the order of appearance

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sencache.correct import Ledger, Note, offset
-from sencache.memory import Branches, Key, Look, clock_of, take
+from sencache.memory import Branches, Key, Look, batch_of, clock_of, take
 from sencache.norms import Norm
 from sencache.report import Query, Report
 from sencache.reuse import Phi, Variable
@@ -62,12 +62,13 @@ class Run:
         self.field, self.rule, self.report = field, rule, Report()
         self.branches = Branches(key)
         self.ledger: Ledger | None = None  # for a correction: where each query enters what it did
+        self.sampler: tuple[Any, ...] = ()  # what is known of who asks, to begin anew with
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The field's output at (x, t), of each sample evaluated or from memory."""
         if _recorded((x, args, kwargs)):
             return self._bypass(self.field(x, t, *args, **kwargs), x, t)
-        rule, clock, branch = self.rule, clock_of(t, len(tensors(x)[0])), self.branches.find(args, kwargs)
+        rule, clock, branch = self.rule, clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         seen = branch.look(x, clock, rule.norm)  # ||d||, |tau|: the sums of dx and dt since the reference telescope
         check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
 
@@ -91,7 +92,8 @@ class Run:
         if self.ledger is None:
             return answer
         nodes = torch.stack([s, s_ref, s_before], 1)
-        note = Note(offset(s - s_ref, phi) * ~needed[:, None], needed, nodes, (branch.y, *earlier))
+        owes, outputs = offset(s - s_ref, phi) * ~needed[:, None], (branch.y, *earlier)
+        note = Note(owes, needed, nodes, outputs, seen.anew, seen.same, branch.number)
         return self.ledger.enter(answer, note, seen.t)
 
     def forget(self) -> None:
@@ -111,7 +113,7 @@ class Run:
         none = torch.zeros_like(t, dtype=torch.bool)
         if self.ledger is not None:
             nodes = torch.full((len(t), 3), math.nan, dtype=torch.float64)
-            y = self.ledger.enter(y, Note(torch.zeros_like(nodes), none, nodes, (y, y, y)), t)
+            y = self.ledger.enter(y, Note(torch.zeros_like(nodes), none, nodes, (y, y, y), ~none, none, 0), t)
         self.report.bypasses += 1
         self.report.add(Query(t, torch.full_like(t, math.inf), none, none, ~none, 0), none)
         return y

@@ -7,9 +7,22 @@ import torch
 
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, calibrate, rms
-from solvers import VP, DPMSolverPP, Euler, EulerMaruyama, Linear, WhiteNoise, grids, integrate
+from solvers import (
+    VP,
+    DPMSolverPP,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Linear,
+    TorchDiffEq,
+    UniPC,
+    WhiteNoise,
+    grids,
+    integrate,
+)
 
 FILE = "benchmarks/fields/gmm.safetensors"
+RK4 = TorchDiffEq("rk4")
 
 
 def noise(samples, seed):
@@ -73,3 +86,88 @@ def test_a_query_off_the_grid_owes_nothing(case):
         for t in ts[:4] + 0.3 * (ts[1] - ts[0]):
             v = run(noise(3, 1), t)
     assert v.isfinite().all()
+
+
+def steered(x, t, c):
+    return -x * (1 + c * t)
+
+
+def steered_alone(c):
+    return lambda x, t: steered(x, t, c)
+
+
+def test_each_conditioning_is_repaid_its_own():
+    ts = grids.uniform(20)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    profile = calibrate(steered_alone(1.0), x, ts, progress=False)
+
+    def two(field_a, field_b):
+        a = b = x
+        for t, t_next in pairwise(ts):
+            a, b = a + (t_next - t) * field_a(a, t), b + (t_next - t) * field_b(b, t)
+        return a, b
+
+    both, one, other = (
+        CachedField(steered, profile, nfe=7),
+        *(CachedField(steered_alone(c), profile, nfe=7) for c in (1.0, 3.0)),
+    )
+    with both.run(ts) as run, one.run(ts) as first, other.run(ts) as second:
+        together = two(lambda x, t: run(x, t, 1.0), lambda x, t: run(x, t, 3.0))
+        apart = two(first, second)
+    for ours, theirs in zip(together, apart, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_second_loop_owes_nothing_of_the_first(case):
+    _, field, ts, profile = case
+    cached = CachedField(field, profile, tolerance=torch.inf, max_reuses=3)
+
+    def loop(run, steps):
+        x = noise(3, 1)
+        for t, t_next in list(pairwise(ts))[:steps]:
+            x = x + (t_next - t) * run(x, t)
+        return x
+
+    for steps in (18, 24):
+        with cached.run(ts) as run:
+            loop(run, steps)
+            again = loop(run, 24)
+        with cached.run(ts) as run:
+            assert torch.equal(again, loop(run, 24))
+
+
+def test_what_is_asked_twice_is_answered_alike(case):
+    _, field, ts, profile = case
+    cached, x = CachedField(field, profile, nfe=9), noise(3, 1)
+    with cached.run(ts) as run:
+        for t, t_next in pairwise(ts):
+            v = run(x, t)
+            assert torch.equal(run(x, t), v)
+            x = x + (t_next - t) * v
+    assert torch.allclose(x, cached.integrate(noise(3, 1), ts), rtol=0, atol=1e-12)
+    assert (cached.report.evaluations == 9).all()
+
+
+@pytest.mark.parametrize("stepper", [Heun(), DPMSolverPP(Linear()), UniPC(Linear()), UniPC(Linear(), 1), RK4], ids=str)
+def test_a_stepper_of_several_outputs_is_not_folded(stepper):
+    field = GaussianMixture.load(FILE, Linear())
+    ts = grids.uniform(8)
+    cached = CachedField(field, calibrate(field, noise(2, 0).float(), ts, progress=False), nfe=4)
+    with (
+        pytest.raises(ValueError, match="folded into bare calls for steppers of one output a step"),
+        cached.run(ts, stepper),
+    ):
+        pass
+
+
+def test_containers_are_folded_part_by_part(case):
+    _, field, ts, profile = case
+    x = noise(3, 1)
+    plain = CachedField(field, profile, nfe=9)
+    pair = CachedField(lambda x, t: (field(x, t), -field(x, t)), profile, nfe=9)
+    with plain.run(ts) as one, pair.run(ts) as two:
+        for t, t_next in pairwise(ts):
+            v, (a, b) = one(x, t), two(x, t)
+            assert torch.equal(a, v)
+            assert torch.equal(b, -v)
+            x = x + (t_next - t) * v

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
-from sencache.plan import Problem, expectation, influence, schedules
+from sencache.plan import Problem, expectation, influence, sampler_name, schedules
 from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, TorchDiffEq, grids, integrate
 from tests.flows import GaussianFlow, linear_flow, rms
 
@@ -536,7 +536,7 @@ def test_a_plan_is_made_while_a_person_waits(steps, seconds, options):
     outputs = sequences("rough", ts[:-1].tolist())
     ones = torch.ones(steps)
     profile = SensitivityProfile(ts[:-1], ones, ones, gram=gram_of(outputs), size=torch.ones(SAMPLES), end=ts[-1])
-    facts = {"rehearsed": f"Euler(), {steps} steps from 1 to 0"}
+    facts = {"rehearsed": sampler_name(Euler(), ts)}
     profile = replace(profile, budgets=torch.tensor([steps]), factors=torch.ones(1, SAMPLES), facts=facts)
 
     def spent():
