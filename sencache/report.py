@@ -30,9 +30,7 @@ class Report:
     def __init__(self) -> None:
         self.trace: list[Query] = []
         self.bypasses = 0  # calls handed straight to the field because gradients were being recorded
-        self.resets = (
-            0  # times that a sample's memory was dropped: time ran backwards, or shape, dtype or device changed
-        )
+        self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
     def add(self, query: Query, anew: Tensor) -> None:
         """Record a query; `anew` (B,) bool tells the samples for which it began another trajectory."""

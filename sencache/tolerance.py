@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -19,9 +20,7 @@ def strict_start(ts: Tensor, tolerance: float, strict: float = 0.01, share: floa
     if not (tolerance >= 0 and strict >= 0 and 0 <= share <= 1):
         raise ValueError(f"Expected tolerances >= 0 and a share in [0, 1]; got {tolerance}, {strict} and {share}.")
     steps = len(ts) - 1
-    first = next(
-        (k for k in range(steps) if k >= share * steps - 1e-9), steps
-    )  # the first step that is no longer strict
+    first = math.ceil(share * steps - 1e-9)  # the first step that is no longer strict
     direction = (ts[1] - ts[0]).sign().item()
     boundary, slack = ts[first].item(), 1e-6 * (ts[-1] - ts[0]).abs().item()
 
