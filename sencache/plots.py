@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
@@ -43,7 +43,7 @@ def draw_trace(axes: Axes, reports: Mapping[str, Report]) -> None:
     shade = LinearSegmentedColormap.from_list("evaluated", [REUSED, EVALUATED])
     for row, report in enumerate(reports.values()):
         share = [float(query.computed.double().mean()) for query in report.trace]
-        edges = torch.linspace(0, 1, len(share) + 1)
+        edges = np.linspace(0, 1, len(share) + 1)
         axes.pcolormesh(
             edges, [row - 0.4, row + 0.4], [share], cmap=shade, vmin=0, vmax=1, edgecolor="white", linewidth=0.4
         )

@@ -42,8 +42,8 @@ class EulerMaruyama:
     """x += v dt + (w / 2) score |dt| + sqrt(w) dW, with SiT's choices of w = 2 norm * diffusion(t).
 
     path: turns the field's velocity into the score.
-    noise: dW (B, ...) of an interval as a function of (x, t, t_next): `WhiteNoise(generator)`, or a `BrownianPath`
-        that coarse and fine grids share.
+    noise: dW (B, ...) of an interval as a function of (x, t, t_next): `WhiteNoise(generator)`, for which the
+        `torch.Generator` itself will do, or a `BrownianPath` that coarse and fine grids share.
     diffusion: "constant", "SBDM", "sigma", "linear", "decreasing" or "increasing-decreasing", each in the time that
         is 0 at the data. A grid may end at pure data or pure noise, but not start where something is infinite: the
         score at the data, "SBDM" at the noise.
@@ -57,6 +57,8 @@ class EulerMaruyama:
     adaptive = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.noise, torch.Generator):
+            object.__setattr__(self, "noise", WhiteNoise(self.noise))
         if self.diffusion not in DIFFUSIONS:
             raise ValueError(f"`diffusion` must be one of {', '.join(DIFFUSIONS)}; got {self.diffusion!r}.")
         if not self.norm >= 0:

@@ -181,3 +181,12 @@ def test_one_brownian_path_brings_25_and_250_steps_together_and_two_do_not(data_
     assert together[0] > 1.5 * together[1] > 3 * together[2]  # 25, 50 and 125 steps converge on 250
     assert together[0] < apart[0] / 5
     assert min(apart) > 0.8 * max(apart)
+
+
+def test_a_generator_will_do_for_white_noise():
+    ts, x = grids.uniform(8, 0.9, 0.1), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    ends = [
+        integrate(lambda x, t: -x, x, ts, EulerMaruyama(Linear(), noise))
+        for noise in (torch.Generator().manual_seed(1), WhiteNoise(torch.Generator().manual_seed(1)))
+    ]
+    assert torch.equal(*ends)
