@@ -33,6 +33,7 @@ def calibrate(
     *,
     path: Path | None = None,
     generator: torch.Generator | None = None,
+    secants: bool = True,
     norm: Norm = rms,
     file: str | File | None = None,
     progress: bool = True,
@@ -41,6 +42,9 @@ def calibrate(
 
     With `path`, x are data instead and each step begins at these data noised along the path, one noise a sample (from
     `generator`, by default seeded with 0): the paper's way, which needs a data set. The paper uses 8 samples.
+
+    Without `secants` the two extra evaluations are spared: the profile has its Gram matrix, all that plans need, and no
+    sensitivities, so that under `tolerance` it evaluates everything.
 
     A field with `select(rows)` is measured one sample at a time, any other all at once. With `file`, the profile of the
     samples so far is written there after each of these, and the same call again goes on from it, or returns it if it
@@ -70,6 +74,7 @@ def calibrate(
         "shape": list(x.shape[1:]),
         "samples": len(x),
         "sencache": version("sencache"),
+        "secants": secants,
         "inputs": _digest(x, ts, noise, norm(x)),
     }
     done = _resumed(file, facts)
@@ -84,7 +89,8 @@ def calibrate(
         bar.update(sum(len(part[0]) for part in done) * (len(ts) - 1))
         for rows in groups[len(done) :]:
             one = contract(select(rows) if select else field)
-            done.append(_measure(one, x[rows], ts, stepper, path, None if noise is None else noise[rows], norm, bar))
+            own_noise = None if noise is None else noise[rows]
+            done.append(_measure(one, x[rows], ts, stepper, path, own_noise, norm if secants else None, bar))
             if file is not None:
                 _profile(done, ts, facts).save(file)
     return _profile(done, ts, facts)
@@ -97,7 +103,7 @@ def _measure(
     stepper: Stepper,
     path: Path | None,
     noise: Tensor | None,
-    norm: Norm,
+    norm: Norm | None,
     bar: tqdm,
 ) -> tuple[Tensor, ...]:
     """alpha_x (G, K), alpha_t (G, K), the Gram matrix (G, K, K) and the final size (G,) of a group of G samples."""
@@ -109,12 +115,16 @@ def _measure(
         first = _First(field)
         dx, memory = stepper.advance(first, x, t, t_next, memory)
         y, dt = first.output, (t_next - t).abs().item()
-        alpha_x.append(norm(difference(field(x + dx, t), y)).double() / norm(dx).double())  # Eq. 11
-        alpha_t.append(norm(difference(field(x, t_next), y)).double() / dt)  # Eq. 12
+        if norm is None:
+            alpha_x.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
+            alpha_t.append(alpha_x[-1])
+        else:
+            alpha_x.append(norm(difference(field(x + dx, t), y)).double() / norm(dx).double())  # Eq. 11
+            alpha_t.append(norm(difference(field(x, t_next), y)).double() / dt)  # Eq. 12
         outputs.append(y.reshape(len(y), -1).double().cpu())
         x = x + dx
         bar.update(len(x))
-    size = norm(x).double().cpu()
+    size = rms(x).double().cpu()
     secants = [torch.stack(alpha, 1).cpu() for alpha in (alpha_x, alpha_t)]
     unmeasured = [alpha.masked_fill(~alpha.isfinite(), torch.nan) for alpha in secants]  # dx = 0 says nothing
     y = torch.stack(outputs, 1)  # (G, K, d)

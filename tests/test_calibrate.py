@@ -14,7 +14,7 @@ from torch.autograd.functional import jacobian
 from torch.func import jvp, vmap
 
 from benchmarks.fields.sit import SiT
-from sencache import SensitivityProfile, calibrate, jacobian_norms
+from sencache import CachedField, SensitivityProfile, calibrate, jacobian_norms
 from solvers import Cosine, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, WhiteNoise, grids
 from tests.flows import GaussianFlow, Nonlinear, linear_flow, rms
 
@@ -335,3 +335,14 @@ def test_the_secants_converge_to_directional_derivatives_at_first_order(f):
         errors[:-1] / errors[1:], torch.full((2, 2), 10.0, dtype=torch.float64), rtol=0.2, atol=0
     )
     assert (along <= jacobian_norms(f, X, t0, iterations=300).spectral * (1 + 1e-4)).all()
+
+
+def test_without_secants_a_step_costs_one_evaluation_and_plans_are_the_same():
+    field, cheap = Counted(), Counted()
+    whole, bare = measure(field), measure(cheap, secants=False)
+    assert cheap.counts["rows"] * 3 == field.counts["rows"]
+    assert torch.equal(whole.gram, bare.gram)
+    assert torch.equal(CachedField(cheap, bare, nfe=3).plan().nodes, CachedField(field, whole, nfe=3).plan().nodes)
+    paper = CachedField(cheap, bare, tolerance=9.0, reuse="hold")
+    paper.integrate(X, TS)
+    assert not paper.report.reuses.any()
