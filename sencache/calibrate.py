@@ -9,11 +9,14 @@ Shapes: S calibration samples, K steps; x (S, ...), ts (K + 1,).
 from __future__ import annotations
 
 import hashlib
+import os
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path as File
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,8 +51,9 @@ def calibrate(
 
     A field with `select(rows)` is measured one sample at a time, any other all at once. With `file`, the profile of the
     samples so far is written there after each of these, and the same call again goes on from it, or returns it if it
-    is complete. K outputs of a sample are held on the host meanwhile. `norm` is of the sensitivities; the Gram matrix,
-    and so plans, count every element.
+    is complete; of a field without `select` every output is kept beside it until then, as `file.0`, `file.1`, ...
+    K outputs of a sample are held on the host meanwhile. `norm` is of the sensitivities; the Gram matrix, and so
+    plans, count every element.
 
     Raises ValueError for a grid or a batch that cannot be measured, and where `file` holds another measurement.
     """
@@ -90,9 +94,14 @@ def calibrate(
         for rows in groups[len(done) :]:
             one = contract(select(rows) if select else field)
             own_noise = None if noise is None else noise[rows]
-            done.append(_measure(one, x[rows], ts, stepper, path, own_noise, norm if secants else None, bar))
+            kept = (
+                _Kept(one, file, f"{facts['fingerprint']} {stepper} {facts['inputs']}") if file and not select else None
+            )
+            done.append(_measure(kept or one, x[rows], ts, stepper, path, own_noise, norm if secants else None, bar))
             if file is not None:
                 _profile(done, ts, facts).save(file)
+            if kept:
+                kept.remove()
     return _profile(done, ts, facts)
 
 
@@ -149,6 +158,38 @@ class _First:
         if not hasattr(self, "output"):
             self.output = v.clone()
         return v
+
+
+class _Kept:
+    """A field whose outputs are kept, a file each: asked for the same ones again in the same order, it reads them.
+
+    The first is evaluated all the same, and must be what it was: a field without a fingerprint may be another.
+    """
+
+    def __init__(self, field: VelocityField, file: str | File, label: str):
+        self.field, self.file, self.label, self.count = field, file, label, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        name, number = File(f"{self.file}.{self.count}"), self.count
+        self.count += 1
+        if not name.exists():
+            v = self.field(x, t)
+            save_file({"v": v.contiguous()}, f"{name}.partial", {"label": self.label})
+            os.replace(f"{name}.partial", name)
+            return v
+        with safe_open(name, "pt") as kept:
+            v, label = kept.get_tensor("v").to(x), (kept.metadata() or {}).get("label")
+        if label != self.label or (number == 0 and not torch.allclose(self.field(x, t), v, rtol=1e-3, atol=1e-6)):
+            raise ValueError(
+                f"{name} holds another measurement, which differs in its inputs or first output. Name another file, or "
+                "remove it."
+            )
+        return v
+
+    def remove(self) -> None:
+        """Forget what was kept."""
+        for number in range(self.count):
+            File(f"{self.file}.{number}").unlink(missing_ok=True)
 
 
 def _resumed(file: str | File | None, facts: dict) -> list[tuple[Tensor, ...]]:

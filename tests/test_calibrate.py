@@ -206,12 +206,29 @@ def test_a_finished_calibration_is_read_and_not_paid_again(tmp_path):
         assert field.counts["calls"] == 0
 
 
-def test_a_field_that_cannot_be_split_is_whole_or_nothing(tmp_path):
-    field = Counted()
-    field.counts["left"] = 20
+@pytest.mark.parametrize("stepper", [Euler(), Heun(), DPMSolverPP(Linear())], ids=str)
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 11, 20])
+def test_a_field_that_cannot_be_split_goes_on_from_its_last_evaluation(stepper, left, tmp_path):
+    whole, field, again = Counted(), Counted(), Counted()
+    expected = measure(whole, X, TS, stepper)
+    field.counts["left"] = left
+    with pytest.raises(OutOfMemoryError):
+        measure(field, X, TS, stepper, file=tmp_path / "p.safetensors")
+    resumed = measure(again, X, TS, stepper, file=tmp_path / "p.safetensors")
+    for name in ("samples_x", "samples_t", "gram", "size"):
+        assert torch.equal(getattr(resumed, name), getattr(expected, name))
+    assert again.counts["calls"] == whole.counts["calls"] - max(0, left - 1)  # the first is asked for again, to compare
+    assert [file.name for file in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_what_was_kept_of_another_field_is_refused(tmp_path):
+    field = Counted(fingerprint=None)
+    field.counts["left"] = 5
     with pytest.raises(OutOfMemoryError):
         measure(field, file=tmp_path / "p.safetensors")
-    assert not list(tmp_path.iterdir())
+    for other in (Counted(linear_flow(), fingerprint=None), Counted(fingerprint="cd34")):
+        with pytest.raises(ValueError, match=r"p.safetensors.0 holds another measurement.*Name another file"):
+            measure(other, file=tmp_path / "p.safetensors")
 
 
 OTHERS = {
