@@ -120,17 +120,45 @@ class Problem:
         return left
 
     def costs(self) -> Tensor:
-        """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`."""
-        size, mean = len(self.times), self.gram.mean(0)
-        before, ref, end = torch.meshgrid(
-            torch.arange(-1, size), torch.arange(size), torch.arange(size + 1), indexing="ij"
-        )
-        real = ((before < ref) & (ref < end) & ((before >= 0) | (ref == 0))).nonzero()
+        """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`.
+
+        What `residual` leaves is A = sum_j c_j f_j over the gap and three outputs, so its square needs no vector of T
+        weights: the products of A with outputs and with itself are differences of running sums of G.
+        """
+        size, mean, s = len(self.times), self.gram.mean(0), VARIABLES[self.variable](self.times)
+        j, ends = torch.arange(size), torch.arange(size + 1).clamp(max=size - 1)
+        weight, u = self.gain * (j > j[:, None]), s - s[:, None]  # (ref, j)
+        total, first, second = _until(weight), _until(weight * u), _until(weight * u**2)  # (ref, end)
+        until = _until((self.gain * mean).T, 0)  # (end, i), <sum_{j < end} c_j f_j, f_i>
+        square = _until(_until(self.gain * self.gain[:, None] * mean), 0)  # (end, end)
+        by_ref, by_end = until[1:], until[range(size + 1), ends]
+        within = square.diagonal() - square[1:] - square[1:] + square.diagonal()[1:, None]  # <A, A>, (ref, end)
+        with_ref = until.T - by_ref.diagonal()[:, None]  # <A, f_ref>
+        with_end = by_end - by_ref[:, ends]  # <A, f_end>
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
-        for some in real.split(1 << 15):
-            left = self.residual(some[:, 0] - 1, some[:, 1], some[:, 2])
-            cost[some[:, 0] - 1, some[:, 1], some[:, 2]] = _form(left, mean)
+        for before in range(-1, size - 1):
+            ref = j[before + 1 :] if before >= 0 else j[:1]
+            s_before = s[before] if before >= 0 else s.new_tensor(torch.nan)
+            used = _until(weight[ref] * REUSES[self.reuse](s.expand(len(ref), -1), s[ref, None], s_before))
+            repaid = torch.zeros(len(ref), size + 1, 3, dtype=torch.float64)
+            if self.correct:
+                moments = torch.stack([first[ref], second[ref], used], -1)[:, :size]
+                nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
+                repaid[:, :size] = owed(moments.reshape(-1, 3), nodes.reshape(-1, 3)).reshape(moments.shape)
+            parts = torch.stack([-repaid[..., 0], -total[ref] - used - repaid[..., 1], used - repaid[..., 2]], -1)
+            with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>
+            products = torch.stack([with_end[ref], with_ref[ref], with_before], -1)
+            three = torch.stack(torch.broadcast_tensors(ends, ref[:, None], torch.tensor(max(before, 0))), -1)
+            among = mean[three[..., :, None], three[..., None, :]]  # (ref, end, 3, 3)
+            form = within[ref] + 2 * (parts * products).sum(-1) + torch.einsum("...i,...ij,...j", parts, among, parts)
+            real = torch.arange(size + 1) > ref[:, None]
+            cost[before, ref] = torch.where(real, form.clamp(min=0), torch.inf)
         return cost
+
+
+def _until(terms: Tensor, dim: int = -1) -> Tensor:
+    """Running sums along `dim`, each without its own term: one longer, from 0 to the total."""
+    return torch.cat([torch.zeros_like(terms.narrow(dim, 0, 1)), terms.cumsum(dim)], dim)
 
 
 def schedules(problem: Problem, most: int) -> list[Tensor]:
@@ -141,9 +169,11 @@ def schedules(problem: Problem, most: int) -> list[Tensor]:
     choices, found = [], []
     for n in range(1, most + 1):
         if n > 1:
-            reached = best[:, :size, None] + cost[:size]  # (before, ref, end)
-            best, choice = reached.min(0)
-            choices.append(choice)
+            reached, choice = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.int64)
+            for ref in range(n - 1, size):
+                gaps = best[n - 2 : ref, ref, None] + cost[n - 2 : ref, ref, ref + 1 :]  # (before, end)
+                reached[ref, ref + 1 :], choice[ref, ref + 1 :] = gaps.min(0)
+            best, choices = reached, [*choices, choice + n - 2]
         nodes = [int(best[:, size].argmin())]
         end = size
         for choice in reversed(choices):

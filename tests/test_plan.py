@@ -529,9 +529,18 @@ def test_under_a_tolerance_there_is_no_plan():
 # its price
 
 
-@pytest.mark.parametrize(("steps", "seconds"), [(50, 1), (100, 5)])
-@pytest.mark.parametrize("options", [{"nfe": 20}, {"rtol": 0.02}], ids=["nfe", "rtol"])
-def test_a_plan_is_made_while_a_person_waits(steps, seconds, options):
+@pytest.mark.parametrize(
+    ("steps", "options", "seconds"),
+    [
+        (50, {"nfe": 20}, 0.5),
+        (50, {"rtol": 0.02}, 0.5),
+        (100, {"nfe": 20}, 2),
+        (100, {"rtol": 0.02}, 2),
+        (250, {"nfe": 25}, 20),
+    ],
+    ids=["50", "50 rtol", "100", "100 rtol", "250"],
+)
+def test_a_plan_is_made_while_a_person_waits(steps, options, seconds):
     ts = grids.uniform(steps)
     outputs = sequences("rough", ts[:-1].tolist())
     ones = torch.ones(steps)
