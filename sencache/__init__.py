@@ -8,7 +8,7 @@ from sencache.profile import SensitivityProfile, fingerprint
 from sencache.rehearse import rehearse
 from sencache.report import Query, Report
 from sencache.run import Run
-from sencache.tolerance import strict_start
+from sencache.tolerance import planned_tolerance, strict_start
 
 __all__ = [
     "CachedField",
@@ -20,6 +20,7 @@ __all__ = [
     "calibrate",
     "fingerprint",
     "jacobian_norms",
+    "planned_tolerance",
     "rehearse",
     "rms",
     "strict_start",

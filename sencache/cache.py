@@ -13,15 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
+from sencache.checks import check_fit, check_model, check_options
 from sencache.correct import Folding, Notes, Repaying
-from sencache.criteria import Differences, Planned, Sensitivities
+from sencache.criteria import Differences, Gains, Planned, Sensitivities
 from sencache.memory import Key
 from sencache.norms import Norm, rms
-from sencache.plan import Plan, plan_for
+from sencache.plan import Plan, influence, plan_for
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
-from sencache.run import Rule, Run, check_direction
+from sencache.run import Rule, Run
 from solvers import Euler, Stepper, integrate
 from solvers.loop import check_grid
 
@@ -41,12 +42,13 @@ class CachedField:
     rtol: RMS error of the final state relative to that state, for which the cheapest schedule is taken that was seen
         to keep it: needs a profile that went through `rehearse`.
     tolerance: epsilon, the predicted change up to which an output is reused, a number or a function of t such as
-        `strict_start(ts, ...)`. With a profile it is the paper's, the RMS change of the output in units of v (Eq. 10);
-        without one it is the change of the state that reuses since the last evaluation add up to. At 0 everything is
-        evaluated.
-    max_reuses: n, reuses in a row of one evaluation under `tolerance`, or `math.inf`; by default 3 with a profile and
-        unlimited without. As in the paper's text and its authors' code, n are allowed; Algorithm 1 as printed allows
-        n - 1.
+        `strict_start(ts, ...)` or `planned_tolerance(plan, profile)`. At 0 everything is evaluated.
+    max_reuses: n, reuses in a row of one evaluation under `tolerance`, or `math.inf`; by default 3 in units of the
+        output and unlimited in units of the sample. As in the paper's text and its authors' code, n are allowed;
+        Algorithm 1 as printed allows n - 1.
+    unit: of `tolerance`. "output" is the paper's, the RMS change of the output (Eq. 10), and the default with a
+        profile. "sample", the default without one, weighs each change by what the stepper makes of it in the sample
+        and adds up those since the last evaluation, so that a tolerance means the same on every grid.
 
     reuse: what a reuse returns: "linear" continues the line through the last two evaluations, "hold" is the last one.
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
@@ -66,17 +68,19 @@ class CachedField:
         rtol: float | None = None,
         tolerance: Tolerance | None = None,
         max_reuses: float | None = None,
+        unit: str | None = None,
         reuse: str = "linear",
         correct: bool | None = None,
         norm: Norm = rms,
         key: Key | None = None,
     ):
-        _check_options(profile, nfe, rtol, tolerance, max_reuses, reuse, correct)
+        check_options(profile, nfe, rtol, tolerance, max_reuses, unit, reuse, correct)
         if profile is not None:
-            _check_model(profile, field)
+            check_model(profile, field)
         self.field, self.profile, self.norm, self.key = field, profile, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
         self.max_reuses, self.reuse = max_reuses, reuse
+        self.unit = unit or ("output" if profile is not None else "sample")
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, Plan] = {}
         self._thread = threading.local()  # every thread has its own current run
@@ -91,11 +95,17 @@ class CachedField:
 
         Raises ValueError where the stepper is adaptive, or the grid is not in the profile's time unit and direction.
         """
-        with self._scope(check_grid(ts), stepper) as run:
-            if not self.correct:
-                return integrate(run, x, ts, stepper)
-            run.ledger = notes = Notes()
-            return integrate(run, x, ts, Repaying(stepper, notes))
+        with self.following(check_grid(ts), stepper) as (run, corrected):
+            return integrate(run, x, ts, corrected)
+
+    @contextmanager
+    def following(self, ts: Tensor, stepper: Stepper = EULER) -> Iterator[tuple[Run, Stepper]]:
+        """A run over ts (K + 1,), and the stepper to carry it along there, which corrects state and history itself."""
+        with self._scope(ts, stepper) as run:
+            if self.correct:
+                run.ledger = notes = Notes()
+                stepper = Repaying(stepper, notes)
+            yield run, stepper
 
     def run(self, ts: Tensor | None = None, stepper: Stepper = EULER) -> Any:
         """A scope with a memory of its own, dropped at its end, come what may; the report stays.
@@ -138,15 +148,21 @@ class CachedField:
         if self.profile is None or self.tolerance is not None:
             raise ValueError("A plan needs a profile and `nfe` or `rtol`; here the rule decides at every step.")
         grid = self.profile.grid if ts is None else check_grid(ts).double().cpu()
+        return self._plan(self.profile, grid, stepper)
+
+    def _plan(self, profile: SensitivityProfile, grid: Tensor, stepper: Stepper) -> Plan:
         name = f"{stepper} {grid.tolist()}"
         if name not in self._plans:
-            _check_fit(self.profile, grid)
-            self._plans[name] = plan_for(self.profile, grid, stepper, self.reuse, self.correct, self.nfe, self.rtol)
+            check_fit(profile, grid)
+            self._plans[name] = plan_for(profile, grid, stepper, self.reuse, self.correct, self.nfe, self.rtol)
         return self._plans[name]
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
         run = Run(self.field, self._rule(ts, stepper), self.key)
         run.sampler = ts, stepper, fold
+        if self.tolerance is None:
+            plan = self.plan(ts, stepper)
+            run.report.expected, run.report.promised = plan.relative_error, plan.promised
         if fold and self.correct and ts is not None:
             run.ledger = Folding(stepper, ts)
         self._thread.run, self._thread.report = run, run.report
@@ -159,13 +175,18 @@ class CachedField:
             criterion, variable = Planned(plan), VARIABLES[plan.variable]
             return Rule(criterion, _everywhere(math.inf), math.inf, phi, variable, self.norm)
         epsilon = self.tolerance if callable(self.tolerance) else _everywhere(self.tolerance)
+        gains, unlimited = None, self.unit == "sample"
+        if unlimited:
+            gains = Gains() if ts is None else Gains(*influence(stepper, ts))
+        n = self.max_reuses if self.max_reuses is not None else math.inf if unlimited else 3
         if self.profile is None:
-            n = math.inf if self.max_reuses is None else self.max_reuses
-            return Rule(Differences(VARIABLES["t"]), epsilon, n, phi, VARIABLES["t"], self.norm)
+            return Rule(Differences(VARIABLES["t"]), epsilon, n, phi, VARIABLES["t"], self.norm, gains)
+        name = "t"
         if ts is not None:
-            _check_fit(self.profile, ts)
-        n = 3 if self.max_reuses is None else self.max_reuses
-        return Rule(Sensitivities(self.profile), epsilon, n, phi, VARIABLES["t"], self.norm)
+            check_fit(self.profile, ts)
+            if self.profile.gram is not None and (self.reuse != "hold" or self.correct):
+                name = self._plan(self.profile, ts.double().cpu(), stepper).variable
+        return Rule(Sensitivities(self.profile), epsilon, n, phi, VARIABLES[name], self.norm, gains)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_thread"}
@@ -176,59 +197,3 @@ class CachedField:
 
 def _everywhere(tolerance: float) -> Callable[[float], float]:
     return lambda t: tolerance
-
-
-def _check_options(
-    profile: SensitivityProfile | None,
-    nfe: int | None,
-    rtol: float | None,
-    tolerance: Tolerance | None,
-    max_reuses: float | None,
-    reuse: str,
-    correct: bool | None,
-) -> None:
-    said = {
-        name: value for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance)) if value is not None
-    }
-    if len(said) > 1:
-        raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
-    if profile is None and tolerance is None:
-        raise ValueError("Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`.")
-    if nfe is not None and (nfe < 1 or nfe != int(nfe)):
-        raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
-    if rtol is not None and not rtol > 0:
-        raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")
-    if rtol is not None and (reuse != "linear" or correct is False):
-        raise ValueError("`rtol` is rehearsed with linear reuse and correction; with other choices give `nfe`.")
-    if profile is not None and rtol is not None:
-        profile.factor(1)  # raises where nothing was rehearsed
-    if tolerance is not None and not callable(tolerance) and not tolerance >= 0:
-        raise ValueError(f"`tolerance` is the size of a change and cannot be negative; got {tolerance}.")
-    if max_reuses is not None and tolerance is None:
-        raise ValueError(f"`max_reuses` goes with `tolerance`; a plan knows its own. Got max_reuses={max_reuses}.")
-    if max_reuses is not None and not (max_reuses >= 0 and (max_reuses == math.inf or max_reuses == int(max_reuses))):
-        raise ValueError(f"`max_reuses` counts reuses, 0, 1, 2, ... or math.inf; got {max_reuses}.")
-    if reuse not in REUSES:
-        raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
-
-
-def _check_model(profile: SensitivityProfile, field: Any) -> None:
-    measured, ours = profile.facts.get("fingerprint"), getattr(field, "fingerprint", None)
-    if measured and ours and measured != ours:
-        raise ValueError(
-            f"The profile was measured on another model or with other settings: fingerprint {measured}, and this "
-            f"field's is {ours}. Calibrate this field: `calibrate(field, x_T, ts)`."
-        )
-
-
-def _check_fit(profile: SensitivityProfile, ts: Tensor) -> None:
-    """Raise where a grid (K + 1,) is not in the profile's unit of time or runs against its direction."""
-    inside = int(profile.covers(ts[:-1].double().cpu()).sum())
-    span, measured = float((ts[-1] - ts[0]).abs()), float(profile.t.max() - profile.t.min())
-    if 2 * inside < len(ts) - 1 or span < 0.02 * measured:
-        raise ValueError(
-            f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and only {inside} of the "
-            f"grid's {len(ts) - 1} steps begin there (it runs from {ts[0]:g} to {ts[-1]:g}). If that is another unit "
-            "of time, calibrate in it; if it is another part of the trajectory, calibrate on a grid that covers it."
-        )
-    check_direction(profile.direction, (ts[1] - ts[0]).sign().cpu())

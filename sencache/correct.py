@@ -62,6 +62,17 @@ def owed(moments: Tensor, nodes: Tensor) -> Tensor:
     return torch.where((moments != 0).any(1, keepdim=True), weights, 0.0)
 
 
+def observed(offsets: Tensor, nodes: Tensor, apart: Tensor) -> Tensor:
+    """The RMS errors (B,) of a reuse of `offset` (B, 3), as the polynomial through the `nodes` (B, 3) shows them.
+
+    apart: (B, 3) float64, the norms of y_k - y_r, y_2 - y_r and y_k - y_2, of which all combinations are made.
+    """
+    k, _, two = owed(offsets, nodes).unbind(1)
+    side, other, across = torch.where(two[:, None] == 0, apart[:, :1], apart).square().unbind(1)  # there may be no y_2
+    product = (side + other - across) / 2  # <y_k - y_r, y_2 - y_r>
+    return (k**2 * side + two**2 * other + 2 * k * two * product).clamp(min=0).sqrt()
+
+
 def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any]) -> Any:
     """A state, a tree of (B, ...), plus y_k, y_r, y_2 weighted by (B, 3), summing to 0; in float32 or better."""
     if not weights.any():

@@ -29,7 +29,11 @@ class Sensitivities:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan's: infinite once one of its nodes has been reached since the last evaluation, else what it expects."""
+    """A plan's: infinite once one of its nodes has been reached since the last evaluation, else what it expects.
+
+    Of the sample at hand two things are known, what the plan expects of any, and how its own last two outputs differed
+    beside the difference expected: the geometric mean of the expectation and the expectation so scaled is given.
+    """
 
     plan: Plan
 
@@ -38,17 +42,18 @@ class Planned:
         return self.plan.direction
 
     def predicted(self, seen: Look) -> Tensor:
-        expected = self.plan.predicted(seen.t_ref, seen.t)
-        return torch.where(seen.distance.isfinite(), expected, torch.inf)
+        expected, difference = self.plan.predicted(seen.t_ref, seen.t)
+        own = (seen.difference / difference).sqrt()
+        own = torch.where(own.isfinite() & (own > 0), own, 1.0)
+        return torch.where(seen.distance.isfinite(), expected * own, torch.inf)
 
 
 @dataclass(frozen=True)
 class Differences:
-    """No calibration: the last two evaluations say how fast the output moves.
+    """No calibration: the last two evaluations say how fast the output moves, ||y_r - y_2|| / |s_r - s_2|.
 
-    Sums |dt| |s - s_r| ||y_r - y_2|| / |s_r - s_2| over the reuses since the last evaluation, |dt| being the sampler's
-    last step: how far, in units of the state, holding y_r would have led astray by now. A line through both is better
-    than that, in proportion. Infinite until two evaluations are known.
+    The change |s - s_r| later is that of holding y_r; a line through both does better, in proportion. Infinite until
+    two evaluations are known.
     """
 
     variable: Variable
@@ -57,4 +62,21 @@ class Differences:
     def predicted(self, seen: Look) -> Tensor:
         s, s_ref, s_before = (self.variable(t) for t in (seen.t, seen.t_ref, seen.t_before))
         rate = seen.difference / (s_ref - s_before).abs()
-        return seen.spent + seen.since * (s - s_ref).abs() * rate
+        return torch.where(seen.difference.isfinite(), (s - s_ref).abs() * rate, torch.inf)
+
+
+@dataclass(frozen=True)
+class Gains:
+    """What the sampler makes of a change of the output in the sample: |dx_K / dv|, `influence`, at the query's time.
+
+    Without a grid it is the sampler's last step |dt|, Euler's gain.
+    """
+
+    times: Tensor | None = None  # (T,) query times of the grid
+    gain: Tensor | None = None  # (T,) how the stepper weighs their outputs in the end
+
+    def at(self, seen: Look) -> Tensor:
+        """The gain (B,) of the output at this query."""
+        if self.times is None or self.gain is None:
+            return seen.since
+        return self.gain.abs()[(seen.t[:, None] - self.times).abs().argmin(1)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sencache.norms import Norm, difference
+from sencache.report import Query
 from sencache.trees import leaves, replace, tensors
 
 Key = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -30,7 +31,7 @@ class Look(NamedTuple):
     distance: Tensor  # float64, norm of x - x_ref; infinite where the evaluation was not finite
     difference: Tensor  # float64, norm of the last evaluation minus the one before it; infinite where there is none
     since: Tensor  # float64, |t - t of the query before|
-    spent: Tensor  # float64, what was predicted at the query before, 0 if that was an evaluation
+    spent: Tensor  # float64, what the query before was measured by, 0 if that was an evaluation
     same: Tensor  # bool, x and t are exactly those of the query before
     step: Tensor  # float64, the sign of t's move since the query before
     anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
@@ -46,8 +47,9 @@ class Branch:
     t_before: Tensor  # (B, T) when the evaluation before was; NaN where there is none,
     y_before: Any  # and what came out
     difference: Tensor  # (B,) on the device, the norm of y - y_before
-    spent: Tensor  # (B,) float64, the change predicted at the last query, 0 if that was an evaluation
+    spent: Tensor  # (B,) float64, what the last query was measured by, 0 if that was an evaluation
     reuses: Tensor  # (B,) int64, m: of y, in a row
+    open: list[tuple[Query, Tensor, Tensor]]  # reuses not yet observed: of which samples (B,), at what offsets (B, 3)
     last_x: Any  # the query before the present one
     last_t: Tensor  # (B, T)
     direction: Tensor  # (B,) float64, the sign of t's first move; 0 before it
@@ -55,6 +57,7 @@ class Branch:
     def __init__(self, number: int):
         self.number = number  # in the order of appearance
         self.y = self.y_before = None
+        self.open = []
 
     def look(self, x: Any, clock: Tensor, norm: Norm) -> Look:
         """Compare a query with the memory, at the price of one transfer from the device."""
@@ -62,7 +65,7 @@ class Branch:
             return self._begin(clock)
         parts = zip(tensors(x), tensors(self.last_x), strict=True)
         unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts]).all(0)
-        distance = _distance(x, self.x, norm)
+        distance = apart(x, self.x, norm)
         distance = torch.where(self.finite, distance, torch.inf)
         distance, difference, still = torch.stack([distance, self.difference, unmoved.double()]).cpu()
 
@@ -77,7 +80,7 @@ class Branch:
         """Nothing to compare with: infinitely far from a memory that has to be made."""
         anew, t = self.y is not None, clock[:, 0]
         zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
-        self.y = self.y_before = None
+        self.y, self.y_before, self.open = None, None, []
         self.direction, self.spent, self.reuses = zero, zero, no.long()
         return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew)
 
@@ -97,7 +100,7 @@ class Branch:
             self.x, self.y = merge(rows, take(rows, x), self.x), merge(rows, y, self.y)
             self.finite = merge(rows, finite, self.finite)
             self.t = torch.where(rows[:, None], clock, self.t)
-        moved = _distance(self.y, self.y_before, norm)
+        moved = apart(self.y, self.y_before, norm)
         self.difference = torch.where(self.t_before.isnan().all(1).to(moved.device), torch.inf, moved)
         self.reuses, self.spent = self.reuses.masked_fill(rows, 0), self.spent.masked_fill(rows, 0)
 
@@ -112,12 +115,12 @@ class Branch:
 
         return replace(self.y, [along(*pair) for pair in zip(tensors(self.y), tensors(self.y_before), strict=True)])
 
-    def stand(self, x: Any, clock: Tensor, step: Tensor, predicted: Tensor, reused: Tensor) -> None:
+    def stand(self, x: Any, clock: Tensor, step: Tensor, spent: Tensor, reused: Tensor) -> None:
         """Remember where this query stood and how it fared; the first move of t sets a sample's direction."""
         self.last_x, self.last_t = copy(x), clock
         self.direction = torch.where(self.direction == 0, step, self.direction)
         self.reuses = self.reuses + reused  # Alg. 1: m = m + 1
-        self.spent = torch.where(reused, predicted, self.spent)
+        self.spent = torch.where(reused, spent, self.spent)
 
 
 class Branches:
@@ -190,7 +193,7 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _distance(a: Any, b: Any, norm: Norm) -> Tensor:
+def apart(a: Any, b: Any, norm: Norm) -> Tensor:
     """The norm (B,) float64 of a - b; of a state in several parts, the RMS over all of them."""
     norms = [norm(difference(one, two)).double() for one, two in zip(tensors(a), tensors(b), strict=True)]
     if len(norms) == 1:

@@ -14,7 +14,7 @@ Shapes: T query times of the grid; S calibration samples; gram (S, T, T); N eval
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -36,22 +36,27 @@ class Plan:
     variable: str  # in which outputs are continued and interpolated
     correct: bool
     change: Tensor  # (T,) expected RMS error of each reused output; 0 at the nodes
+    difference: Tensor  # (T,) expected RMS difference of the last two evaluations before each output; NaN without two
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
+    promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
 
     @property
     def direction(self) -> int:
         """The sign of dt along the grid."""
         return 1 if self.times[-1] > self.times[0] else -1
 
-    def predicted(self, t_ref: Tensor, t: Tensor) -> Tensor:
-        """The expected error (B,) of a reuse at t of what was evaluated at t_ref; infinite if a node lies between."""
+    def predicted(self, t_ref: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The expected error (B,) of a reuse at t of what was evaluated at t_ref, infinite if a node lies between.
+
+        And the difference (B,) of the two evaluations before it that goes with this expectation.
+        """
         nodes = self.times[self.nodes] * self.direction
         slack = self.times.diff().abs().min() / 2 if len(self.times) > 1 else 0.0
         passed, before = (torch.searchsorted(nodes, at * self.direction + slack, right=True) for at in (t, t_ref))
         nearest = (self.times[None] - t[:, None]).abs().argmin(1)
         outside = (t < self.times.min() - slack) | (t > self.times.max() + slack)
-        return torch.where((passed > before) | outside, torch.inf, self.change[nearest])
+        return torch.where((passed > before) | outside, torch.inf, self.change[nearest]), self.difference[nearest]
 
 
 def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,8 @@ def schedules(problem: Problem, most: int) -> list[Tensor]:
     cost, size = problem.costs(), len(problem.times)
     best = torch.full((size, size + 1), torch.inf, dtype=torch.float64)  # by last evaluation and the end of its gap
     best[0] = cost[-1, 0]
-    choices, found = [], []
+    choices: list[Tensor] = []
+    found = []
     for n in range(1, most + 1):
         if n > 1:
             reached, choice = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.int64)
@@ -188,22 +194,31 @@ def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
     end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
     total = problem.residual(before, nodes, end).sum(0, keepdim=True)
     error = torch.cat([_form(total, gram) for gram in problem.gram]).sqrt()
-    relative, change = float(error.median() / size), _changes(problem, nodes)
-    return Plan(problem.times, nodes, problem.reuse, problem.variable, problem.correct, change, error, relative)
+    relative = float(error.median() / size)
+    kind = problem.reuse, problem.variable, problem.correct
+    return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, relative)
 
 
-def _changes(problem: Problem, nodes: Tensor) -> Tensor:
-    """The expected RMS error (T,) of each reused output."""
-    s, mean = VARIABLES[problem.variable](problem.times), problem.gram.mean(0)
-    j = torch.arange(len(problem.times))
+def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """The expected RMS error (T,) of each reused output, and RMS difference (T,) of the two evaluations before it.
+
+    Medians over the calibration samples, as a prediction of one should be.
+    """
+    s, j = VARIABLES[problem.variable](problem.times), torch.arange(len(problem.times))
     which = torch.searchsorted(nodes, j, right=True) - 1
     ref, before = nodes[which], torch.where(which > 0, nodes[(which - 1).clamp(min=0)], -1)
     phi = REUSES[problem.reuse](s, s[ref], torch.where(before >= 0, s[before], torch.nan))
-    weights = torch.zeros(len(j), len(j), dtype=torch.float64)
-    weights[j, j] += 1
-    weights[j, ref] -= 1 + phi
-    weights[j, before.clamp(min=0)] += phi
-    return _form(weights, mean).sqrt()
+    error, apart = torch.zeros(2, len(j), len(j), dtype=torch.float64)
+    error[j, j] += 1
+    error[j, ref] -= 1 + phi
+    error[j, before.clamp(min=0)] += phi
+    apart[j, ref] += 1
+    apart[j, before.clamp(min=0)] -= 1
+    change, difference = (
+        torch.stack([_form(weights, gram).sqrt() for gram in problem.gram]).median(0).values
+        for weights in (error, apart)
+    )
+    return change, torch.where(before >= 0, difference, torch.nan)
 
 
 def _form(weights: Tensor, gram: Tensor) -> Tensor:
@@ -237,19 +252,24 @@ def plan_for(
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     problems = [Problem(times, gain, profile.gram_at(times), reuse, name, correct) for name in ("t", logarithm)]
-    most = len(times) if rtol is not None else nfe or -(-len(times) // 2)
+    rehearsed, here = profile.facts.get("rehearsed"), sampler_name(stepper, ts)
+    if rtol is not None and rehearsed != here:
+        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
+    known = rehearsed == here and reuse == "linear" and correct
+    most = nfe or -(-len(times) // 2)
+    if rtol is not None:
+        most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))
     found = [schedules(problem, most) for problem in problems]
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
 
-    def best(n: int) -> Plan:
-        plans = [expectation(problem, nodes[n - 1], size) for problem, nodes in zip(problems, found, strict=True)]
-        return min(plans, key=lambda plan: float(plan.error.median()))
+    def best(nodes: list[Tensor]) -> Plan:
+        plans = [expectation(problem, each, size) for problem, each in zip(problems, nodes, strict=True)]
+        plan, n = min(plans, key=lambda plan: float(plan.error.median())), len(nodes[0])
+        if not known:
+            return plan
+        return replace(plan, change=plan.change * profile.typical(n), promised=plan.relative_error * profile.factor(n))
 
     if rtol is None:
-        return best(most)
-    rehearsed, here = profile.facts.get("rehearsed"), sampler_name(stepper, ts)
-    if rehearsed != here:
-        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
-    promised = (best(n) for n in range(1, most + 1) if profile.factor(n) < torch.inf)
-    keeps = (plan for plan in promised if plan.relative_error * profile.factor(len(plan.nodes)) <= rtol)
-    return next(keeps, best(most))
+        return best([each[-1] for each in found])
+    cheaper = (best(list(nodes)) for nodes in zip(*found, strict=True))
+    return next((plan for plan in cheaper if plan.promised <= rtol), best(2 * [torch.arange(len(times))]))

@@ -23,7 +23,7 @@ from scipy.interpolate import make_interp_spline
 from torch import Tensor, nn
 
 FORMAT = "sencache profile 1"
-OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "factors")
+OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "factors", "ratios")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class SensitivityProfile:
     end: Tensor | None = None  # () the time at which that is
     budgets: Tensor | None = None  # (R,) int64, rising: the evaluations of the plans that were rehearsed
     factors: Tensor | None = None  # (R, S') error over expected error of each rehearsed sample
+    ratios: Tensor | None = None  # (R, S', T) true over predicted error of each of their reuses; NaN at evaluations
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 
     def __post_init__(self) -> None:
@@ -84,18 +85,43 @@ class SensitivityProfile:
         weights[exact] = torch.eye(len(order), dtype=torch.float64)[nearest.argmin(1)[exact]]
         return weights @ self.gram @ weights.T
 
-    def factor(self, nfe: int) -> float:
-        """By how much the error of a plan of `nfe` evaluations exceeds what it expects in at most 10 % of samples.
+    def factor(self, nfe: int, share: float = 0.9) -> float:
+        """By how much the final error of a plan of `nfe` evaluations exceeds what it expects in `share` of samples.
 
-        The conformal quantile of the factors met in rehearsal, interpolated between budgets and infinite outside them.
+        The conformal quantile of the factors met in rehearsal; between two budgets the larger of theirs, outside of
+        them infinite.
         """
         if self.budgets is None or self.factors is None:
             raise ValueError("`rtol` needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
-        if not self.budgets[0] <= nfe <= self.budgets[-1]:
-            return math.inf
-        samples = self.factors.shape[1]
-        k = min(samples, math.ceil(0.9 * (samples + 1)))
-        return float(np.interp(nfe, self.budgets.numpy(), self.factors.kthvalue(k, 1).values.numpy()))
+        return self._around(nfe, [_conformal(factors, share) for factors in self.factors])
+
+    def bound(self, nfe: int, share: float = 0.95, *, whole: bool = False) -> float:
+        """How many times its prediction the error of a reuse is at most, in `share` of reuses, for `nfe` evaluations.
+
+        With `whole`, in `share` of trajectories for all of their reuses at once (the quantile of their largest ratio).
+        """
+        if self.ratios is None:
+            raise ValueError("This needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
+        known = [each[:, each.isfinite().all(0)] for each in self.ratios]  # (S', reuses)
+        groups = [each.amax(1) if whole and each.shape[1] else each.flatten() for each in known]
+        found = [_conformal(group / self.typical(n), share) for group, n in zip(groups, self._budgets(), strict=True)]
+        return self._around(nfe, found)
+
+    def typical(self, nfe: int) -> float:
+        """The median ratio of a reuse's true error to the expected one, of the nearest budget; 1 if none is known."""
+        if self.ratios is None:
+            return 1.0
+        nearest = min(range(len(self.ratios)), key=lambda r: abs(self._budgets()[r] - nfe))
+        return float(self.ratios[nearest].nanmedian().nan_to_num(1.0))
+
+    def _budgets(self) -> list[int]:
+        return [] if self.budgets is None else self.budgets.tolist()
+
+    def _around(self, nfe: int, values: list[float]) -> float:
+        """The larger of the values of the budgets on both sides of `nfe`."""
+        below = [value for n, value in zip(self._budgets(), values, strict=True) if n <= nfe]
+        above = [value for n, value in zip(self._budgets(), values, strict=True) if n >= nfe]
+        return max(below[-1], above[0]) if below and above else math.inf
 
     @property
     def direction(self) -> int:
@@ -185,6 +211,12 @@ class SensitivityProfile:
         alpha_t = parts["J_t_norm"].masked_fill(unmeasured | (parts["J_t_norm"] == 0), torch.nan) / numel**0.5
         facts = {"source": "npz", "direction": "unknown"}
         return cls(parts["timesteps"][order], alpha_x[order], alpha_t[order], facts=facts)
+
+
+def _conformal(values: Tensor, share: float) -> float:
+    """The least bound that a further exchangeable value keeps with probability `share`, or the largest value."""
+    k = min(len(values), math.ceil(share * (len(values) + 1)))
+    return float(values.kthvalue(k).values) if k else 0.0
 
 
 def fingerprint(module: nn.Module, *options: object) -> str:

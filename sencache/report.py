@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +14,13 @@ class Query(NamedTuple):
     """One call of the cached field, as each of its B samples fared."""
 
     t: Tensor  # (B,) float64, the sampler's time
-    predicted: Tensor  # (B,) float64, what the criterion said, S by the paper's rule; infinite where nothing was known
+    predicted: Tensor  # (B,) float64, the change of the output since its last evaluation, S by the paper's rule, or
+    #                    the error expected of a planned reuse; infinite where nothing is known or a node has come
     reused: Tensor  # (B,) bool, the rule's decision: the answer is made of earlier outputs
     duplicate: Tensor  # (B,) bool: x, t and conditioning were those of the call before
     computed: Tensor  # (B,) bool: the row went through the field
     branch: int  # which conditioning, in the order of appearance
+    observed: Tensor  # (B,) float64, the RMS error of a reuse, as the next evaluation showed it; NaN until then
 
 
 class Report:
@@ -30,6 +33,8 @@ class Report:
     def __init__(self) -> None:
         self.trace: list[Query] = []
         self.bypasses = 0  # calls handed straight to the field because gradients were being recorded
+        self.expected = math.nan  # the relative error of the final state that a plan expects,
+        self.promised = math.inf  # and the one that 90 % of samples keep, if plans were rehearsed
         self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
     def add(self, query: Query, anew: Tensor) -> None:
@@ -78,6 +83,14 @@ class Report:
             lines.append(f"{name:<12} {count.double().median():8g} {count.min():8d} {count.max():8d}")
         ratio = self.cache_ratio
         lines.append(f"{'cache ratio':<12} {ratio.median():8.1%} {ratio.min():8.1%} {ratio.max():8.1%}")
+        off = [(query.observed / query.predicted)[query.observed.isfinite()] for query in self.trace]
+        if sum(map(len, off)):
+            lines.append(
+                f"reuses were off by {torch.cat(off).median():.2f} of what was predicted (median, as observed)"
+            )
+        if not math.isnan(self.expected):
+            promised = f"; 90 % of samples keep {self.promised:.2g}" if self.promised < math.inf else ""
+            lines.append(f"expected relative error of the sample: {self.expected:.2g}{promised}")
         if self.unused.any():
             lines.append(f"{int(self.unused.sum())} rows were computed and not used: give the field a `select(rows)`.")
         if self.bypasses:

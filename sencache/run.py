@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sencache.correct import Ledger, Note, offset
-from sencache.memory import Branches, Key, Look, batch_of, clock_of, take
+from sencache.correct import Ledger, Note, observed, offset
+from sencache.criteria import Gains
+from sencache.memory import Branch, Branches, Key, Look, apart, batch_of, clock_of, take
 from sencache.norms import Norm
 from sencache.report import Query, Report
 from sencache.reuse import Phi, Variable
@@ -26,7 +27,10 @@ from sencache.trees import tensors
 
 
 class Criterion(Protocol):
-    """How far has the output moved since it was evaluated? Sensitivities answer, a plan, or the outputs themselves."""
+    """How far has the output moved since it was evaluated? Sensitivities answer, a plan, or the outputs themselves.
+
+    It is asked for the change of the output, in the output's units.
+    """
 
     @property
     def direction(self) -> int:
@@ -46,6 +50,11 @@ class Rule:
     phi: Phi  # what a reuse returns
     variable: Variable  # s(t), in which outputs are continued
     norm: Norm
+    gains: Gains | None = None  # with them epsilon bounds what reuses since the last evaluation did to the sample
+
+    def spent(self, change: Tensor, seen: Look) -> Tensor:
+        """What a reuse now is measured by (B,), beside the tolerance: its change, or the sum of gain times change."""
+        return change if self.gains is None else seen.spent + self.gains.at(seen) * change
 
     def epsilon(self, t: Tensor) -> Tensor:
         """The tolerance at times t (B,), (B,) float64."""
@@ -73,28 +82,46 @@ class Run:
         check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
 
         predicted, epsilon = rule.criterion.predicted(seen), rule.epsilon(seen.t)  # S, Eq. 9
-        small = (predicted <= epsilon) & predicted.isfinite() & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
+        spent = rule.spent(predicted, seen)
+        small = (spent <= epsilon) & spent.isfinite() & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
         reused = small & (branch.reuses < rule.max_reuses) & ~seen.anew & ~seen.same  # Alg. 1: S <= eps and m < n
         needed = computed = ~(reused | seen.same)
 
         s, s_ref, s_before = (rule.variable(at) for at in (seen.t, seen.t_ref, seen.t_before))
         phi = rule.phi(s, s_ref, s_before.where(seen.difference.isfinite(), torch.nan)).masked_fill(needed, 0)
         earlier = branch.y, branch.y_before  # y_r, y_2
+        nodes, owes = torch.stack([s, s_ref, s_before], 1), offset(s - s_ref, phi) * ~needed[:, None]
         if needed.any():
             y, computed = _evaluate(self.field, needed, x, t, args, kwargs)  # Alg. 1: y = f(x, t)
             if _recorded(y):
                 return self._bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, seen.anew, rule.norm)  # Alg. 1: the reference moves; m = 0
-        branch.stand(x, clock, seen.step, predicted, reused)
+            self._observe(branch, needed & ~seen.anew, nodes, seen.difference, earlier[1])
+        branch.stand(x, clock, seen.step, spent, reused)
 
-        self.report.add(Query(seen.t, predicted, reused, seen.same, computed, branch.number), seen.anew)
+        with torch.inference_mode(False):  # it is filled in later, whatever mode rules then
+            unknown = torch.full(predicted.shape, torch.nan, dtype=torch.float64)
+        query = Query(seen.t, predicted, reused, seen.same, computed, branch.number, unknown)
+        self.report.add(query, seen.anew)
+        if reused.any():
+            branch.open.append((query, reused, owes))
         answer = y if needed.all() else branch.answer(phi)
         if self.ledger is None:
             return answer
-        nodes = torch.stack([s, s_ref, s_before], 1)
-        owes, outputs = offset(s - s_ref, phi) * ~needed[:, None], (branch.y, *earlier)
-        note = Note(owes, needed, nodes, outputs, seen.anew, seen.same, branch.number)
+        note = Note(owes, needed, nodes, (branch.y, *earlier), seen.anew, seen.same, branch.number)
         return self.ledger.enter(answer, note, seen.t)
+
+    def _observe(self, branch: Branch, rows: Tensor, nodes: Tensor, before: Tensor, y_2: Any) -> None:
+        """Enter in the record how far off the reuses were of the samples `rows` (B,), now that these are evaluated."""
+        if not any((rows & left).any() for _, left, _ in branch.open):
+            return
+        across = apart(branch.y, y_2, self.rule.norm)
+        distances = torch.stack([branch.difference, before.to(across), across], 1).cpu()
+        for query, left, owes in branch.open:
+            error = observed(owes, nodes, distances)
+            query.observed.copy_(torch.where(rows & left, error, query.observed))
+        still = [(query, left & ~rows, owes) for query, left, owes in branch.open]
+        branch.open = [entry for entry in still if entry[1].any()]
 
     def forget(self) -> None:
         """Drop every tensor that is held; the report stays."""
@@ -115,7 +142,8 @@ class Run:
             nodes = torch.full((len(t), 3), math.nan, dtype=torch.float64)
             y = self.ledger.enter(y, Note(torch.zeros_like(nodes), none, nodes, (y, y, y), ~none, none, 0), t)
         self.report.bypasses += 1
-        self.report.add(Query(t, torch.full_like(t, math.inf), none, none, ~none, 0), none)
+        unknown = torch.full_like(t, math.nan)
+        self.report.add(Query(t, torch.full_like(t, math.inf), none, none, ~none, 0, unknown), none)
         return y
 
 

@@ -213,7 +213,7 @@ def test_samples_that_go_by_their_own_outputs_are_repaid_too(split, order):
         Field.select = lambda self, rows: Field(self.speed[rows])
     ts, answers = to_data(Linear(), 30), []
     stepper, cached = DPMSolverPP(Linear(), order), CachedField(Field(speed), tolerance=0.01)
-    with cached.run() as run:
+    with cached._scope(ts, stepper) as run:
         run.ledger = notes = Notes()
 
         def seen(x, t):

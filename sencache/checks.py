@@ -1,0 +1,76 @@
+"""What a `CachedField` refuses, and what to do instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sencache.profile import SensitivityProfile
+from sencache.reuse import REUSES
+from sencache.run import check_direction
+
+UNITS = ("output", "sample")
+
+
+def check_options(
+    profile: SensitivityProfile | None,
+    nfe: int | None,
+    rtol: float | None,
+    tolerance: float | Callable[[float], float] | None,
+    max_reuses: float | None,
+    unit: str | None,
+    reuse: str,
+    correct: bool | None,
+) -> None:
+    said = {
+        name: value for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance)) if value is not None
+    }
+    if len(said) > 1:
+        raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
+    if profile is None and tolerance is None:
+        raise ValueError("Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`.")
+    if nfe is not None and (nfe < 1 or nfe != int(nfe)):
+        raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")
+    if rtol is not None and (reuse != "linear" or correct is False):
+        raise ValueError("`rtol` is rehearsed with linear reuse and correction; with other choices give `nfe`.")
+    if profile is not None and rtol is not None:
+        profile.factor(1)  # raises where nothing was rehearsed
+    if tolerance is not None and not callable(tolerance) and not tolerance >= 0:
+        raise ValueError(f"`tolerance` is the size of a change and cannot be negative; got {tolerance}.")
+    if max_reuses is not None and tolerance is None:
+        raise ValueError(f"`max_reuses` goes with `tolerance`; a plan knows its own. Got max_reuses={max_reuses}.")
+    if max_reuses is not None and not (max_reuses >= 0 and (max_reuses == math.inf or max_reuses == int(max_reuses))):
+        raise ValueError(f"`max_reuses` counts reuses, 0, 1, 2, ... or math.inf; got {max_reuses}.")
+    if unit is not None and (unit not in UNITS or tolerance is None):
+        raise ValueError(
+            f"`unit` says what `tolerance` is measured in, {' or '.join(UNITS)}, and goes with it; got {unit!r}."
+        )
+    if reuse not in REUSES:
+        raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
+
+
+def check_model(profile: SensitivityProfile, field: Any) -> None:
+    measured, ours = profile.facts.get("fingerprint"), getattr(field, "fingerprint", None)
+    if measured and ours and measured != ours:
+        raise ValueError(
+            f"The profile was measured on another model or with other settings: fingerprint {measured}, and this "
+            f"field's is {ours}. Calibrate this field: `calibrate(field, x_T, ts)`."
+        )
+
+
+def check_fit(profile: SensitivityProfile, ts: Tensor) -> None:
+    """Raise where a grid (K + 1,) is not in the profile's unit of time or runs against its direction."""
+    inside = int(profile.covers(ts[:-1].double().cpu()).sum())
+    span, measured = float((ts[-1] - ts[0]).abs()), float(profile.t.max() - profile.t.min())
+    if 2 * inside < len(ts) - 1 or span < 0.02 * measured:
+        raise ValueError(
+            f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and only {inside} of the "
+            f"grid's {len(ts) - 1} steps begin there (it runs from {ts[0]:g} to {ts[-1]:g}). If that is another unit "
+            "of time, calibrate in it; if it is another part of the trajectory, calibrate on a grid that covers it."
+        )
+    check_direction(profile.direction, (ts[1] - ts[0]).sign().cpu())
