@@ -15,13 +15,13 @@ from torch import Tensor
 
 from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Planned, Sensitivities
-from sencache.memory import Key
+from sencache.memory import Key, one_network
 from sencache.norms import Norm, rms
 from sencache.plan import Plan, plan_for
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
-from sencache.run import Rule, Run, check_direction
+from sencache.run import Criterion, Rule, Run, check_direction
 from solvers import Euler, Stepper, integrate
 from solvers.loop import check_grid
 
@@ -49,6 +49,10 @@ class CachedField:
         n - 1.
 
     reuse: what a reuse returns: "linear" continues the line through the last two evaluations, "hold" is the last one.
+    payload: what it is that is continued: the "output", or by "blocks" what a transformer's blocks add to its tokens,
+        as the authors' code does. Then embeddings and head run at every query, on the true x and t, which is not
+        counted as an evaluation; and the field needs `stack(x, t)` and `head(x, t, stack)`, of which
+        `head(x, t, stack(x, t))` is its output.
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
         "hold": ``CachedField(field, profile, tolerance=0.1, max_reuses=3, reuse="hold")`` is the paper to the letter.
         It takes effect in `integrate`; where only calls are seen, give `run` the grid.
@@ -67,16 +71,18 @@ class CachedField:
         tolerance: Tolerance | None = None,
         max_reuses: float | None = None,
         reuse: str = "linear",
+        payload: str = "output",
         correct: bool | None = None,
         norm: Norm = rms,
         key: Key | None = None,
     ):
         _check_options(profile, nfe, rtol, tolerance, max_reuses, reuse, correct)
+        _check_payload(field, payload, rtol)
         if profile is not None:
             _check_model(profile, field)
         self.field, self.profile, self.norm, self.key = field, profile, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
-        self.max_reuses, self.reuse = max_reuses, reuse
+        self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, Plan] = {}
         self._thread = threading.local()  # every thread has its own current run
@@ -141,7 +147,9 @@ class CachedField:
         name = f"{stepper} {grid.tolist()}"
         if name not in self._plans:
             _check_fit(self.profile, grid)
-            self._plans[name] = plan_for(self.profile, grid, stepper, self.reuse, self.correct, self.nfe, self.rtol)
+            regime = getattr(self.field, "regime", one_network)
+            how = (self.reuse, self.correct, self.nfe, self.rtol, regime)
+            self._plans[name] = plan_for(self.profile, grid, stepper, *how)
         return self._plans[name]
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
@@ -153,19 +161,21 @@ class CachedField:
         return run
 
     def _rule(self, ts: Tensor | None, stepper: Stepper) -> Rule:
-        phi = REUSES[self.reuse]
+        criterion, n, variable = self._criterion(ts, stepper)
+        epsilon: Any = math.inf if self.tolerance is None else self.tolerance
+        everywhere = epsilon if callable(epsilon) else _everywhere(epsilon)
+        return Rule(criterion, everywhere, n, REUSES[self.reuse], VARIABLES[variable], self.norm, self.payload)
+
+    def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:
+        """Who decides, how many reuses in a row it is allowed, and the variable in which outputs are continued."""
         if self.tolerance is None:
             plan = self.plan(ts, stepper)
-            criterion, variable = Planned(plan), VARIABLES[plan.variable]
-            return Rule(criterion, _everywhere(math.inf), math.inf, phi, variable, self.norm)
-        epsilon = self.tolerance if callable(self.tolerance) else _everywhere(self.tolerance)
+            return Planned(plan), math.inf, plan.variable
         if self.profile is None:
-            n = math.inf if self.max_reuses is None else self.max_reuses
-            return Rule(Differences(VARIABLES["t"]), epsilon, n, phi, VARIABLES["t"], self.norm)
+            return Differences(VARIABLES["t"]), math.inf if self.max_reuses is None else self.max_reuses, "t"
         if ts is not None:
             _check_fit(self.profile, ts)
-        n = 3 if self.max_reuses is None else self.max_reuses
-        return Rule(Sensitivities(self.profile), epsilon, n, phi, VARIABLES["t"], self.norm)
+        return Sensitivities(self.profile), 3 if self.max_reuses is None else self.max_reuses, "t"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_thread"}
@@ -210,6 +220,20 @@ def _check_options(
         raise ValueError(f"`max_reuses` counts reuses, 0, 1, 2, ... or math.inf; got {max_reuses}.")
     if reuse not in REUSES:
         raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
+
+
+def _check_payload(field: Any, payload: str, rtol: float | None) -> None:
+    if payload not in ("output", "blocks"):
+        raise ValueError(f"`payload` must be output or blocks; got {payload!r}.")
+    missing = [name for name in ("stack", "head") if not hasattr(field, name)]
+    if payload == "blocks" and missing:
+        raise ValueError(
+            f'payload="blocks" needs a field with `stack(x, t)`, what its blocks add to the tokens, and `head(x, t, '
+            f"stack)`, its output made of that; {type(field).__name__} has no {' and no '.join(missing)}. The adapters "
+            'of `sencache.adapters` have both; for any other field take payload="output".'
+        )
+    if payload == "blocks" and rtol is not None:
+        raise ValueError('`rtol` is rehearsed with payload="output"; with "blocks" give `nfe`.')
 
 
 def _check_model(profile: SensitivityProfile, field: Any) -> None:
