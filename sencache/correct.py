@@ -239,7 +239,8 @@ def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) 
         if m.ndim < 2:  # a step's length
             return part
         weights = torch.where(closed[:, None], owed(m, note.nodes), 0.0)
-        return repaid(part, weights, note.outputs, None if e is None else e.reshape(part.shape) * spread(closed, e))
+        taken_off = None if e is None else e.reshape(part.shape) * spread(closed, part)
+        return repaid(part, weights, note.outputs, taken_off)
 
     parts = zip(tensors(states), tensors(moments), tensors(excess) or repeat(None), strict=False)
     return replace(states, [one(*three) for three in parts])

@@ -217,6 +217,22 @@ def test_a_loop_of_bare_calls_ends_where_integrate_does(method, reuse):
         close(integrate(lambda x, t: (cached(x, t), cached(x, t))[1], X, ts, stepper), end, 1e-12)
 
 
+@pytest.mark.parametrize("method", ["Euler", "UniPC"])
+@pytest.mark.parametrize("shape", [(3, 2, 1, 3), (3, 6), (18,)], ids=str)
+def test_states_of_any_shape_are_repaid(method, shape):
+    class Shaped(Stacked):
+        def head(self, x, t, stack):
+            return torch.tanh(stack) * (1 + t) - 0.3 * x
+
+        def stack(self, x, t):
+            return torch.sin(3 * x) * t
+
+    ts = to_data(Linear())
+    stepper = METHODS[method](Linear(), ts)
+    ends = [blocks_run(Shaped(), PATTERN, X.reshape(one), ts, stepper)[0] for one in (shape, (3, 6))]
+    close(ends[0].flatten(), ends[1].flatten())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_is_repaid_to_its_own_rounding(dtype):
     ts, pattern = to_data(Linear(), 40), [k % 4 in (0, 1) for k in range(40)]

@@ -1,0 +1,74 @@
+"""The shipped SiT with its outputs reused and with its block stack reused, at equal evaluations.
+
+    python -m benchmarks.payloads [--images 64] [--seeds reported]
+
+PSNR to the same sampler with all 50 evaluations, median and worst decile, as Markdown. Schedules are the profile's
+plan, which is made for reused outputs, and one spread evenly over the grid, which favours neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.metrics import psnr
+from benchmarks.shipped import GRID, SEEDS, STEPS, noise, sit_field, sit_profile
+from sencache import CachedField
+from solvers import integrate
+
+BATCH = 8
+BUDGETS = (25, 20, 15, 10)
+REUSES: dict[str, dict[str, Any]] = {
+    "hold": {"reuse": "hold"},
+    "linear": {"reuse": "linear", "correct": False},
+    "linear + correction": {"reuse": "linear"},
+}
+
+
+def evenly(nfe: int) -> Callable[[float], float]:
+    """A tolerance that evaluates `nfe` times, at equal intervals of the grid, and reuses everything else."""
+    at = GRID[torch.linspace(0, STEPS, nfe + 1)[:-1].round().long()]
+    return lambda t: 0.0 if (at - t).abs().min() < 1e-9 else math.inf
+
+
+def main(images: int, seeds: str) -> None:
+    torch.set_grad_enabled(False)
+    field, x, profile = sit_field(images), noise(images, seeds), sit_profile()
+    batches = torch.arange(images).split(BATCH)
+    start = time.perf_counter()
+    full = torch.cat([integrate(field.select(rows), x[rows], GRID) for rows in batches])
+    print(f"all {STEPS} evaluations of {images} images: {time.perf_counter() - start:.1f} s\n")
+    print("| schedule | reuse | payload | " + " | ".join(f"{nfe}" for nfe in BUDGETS) + " | seconds |")
+    print("|---" * (len(BUDGETS) + 4) + "|")
+    for schedule in ("plan", "even"):
+        for name, options in REUSES.items():
+            for payload in ("output", "blocks"):
+                cells, start = [], time.perf_counter()
+                for nfe in BUDGETS:
+                    how: dict[str, Any] = (
+                        {"nfe": nfe} if schedule == "plan" else {"tolerance": evenly(nfe), "max_reuses": math.inf}
+                    )
+                    ends = []
+                    for rows in batches:
+                        cached = CachedField(field.select(rows), profile, payload=payload, **options, **how)
+                        ends.append(cached.integrate(x[rows], GRID))
+                        assert (cached.report.evaluations == nfe).all()
+                    near = psnr(torch.cat(ends), full)
+                    cells.append(f"{near.median():.1f} / {near.quantile(0.1):.1f}")
+                spent = time.perf_counter() - start
+                print(f"| {schedule} | {name} | {payload} | " + " | ".join(cells) + f" | {spent:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64, help="how many images (default 64)")
+    parser.add_argument(
+        "--seeds", choices=list(SEEDS), default="reported", help="which set of seeds (default reported)"
+    )
+    options = parser.parse_args()
+    main(options.images, options.seeds)
