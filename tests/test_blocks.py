@@ -151,7 +151,7 @@ def test_a_plan_is_kept_in_its_budget():
 # what a correction repays
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.lists(st.booleans(), min_size=K - 1, max_size=K - 1),
     st.sampled_from(list(METHODS)),
@@ -179,7 +179,7 @@ def test_something_was_owed(method):
 
 
 @pytest.mark.parametrize("method", STAGED)
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(rest=st.lists(st.booleans(), min_size=19, max_size=19))
 def test_every_stage_of_a_step_is_repaid(method, rest):
     """Where two queries stand at one time in two states, the head gives two answers, and both are repaid."""
@@ -189,7 +189,7 @@ def test_every_stage_of_a_step_is_repaid(method, rest):
     close(end, replayed(per_sample(answers, evaluated, s), X, ts, STAGED[method]))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_every_sample_is_repaid_by_its_own_gap(data):
     rows = [[True, *data.draw(st.lists(st.booleans(), min_size=K - 1, max_size=K - 1))] for _ in X]

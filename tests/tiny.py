@@ -1,11 +1,13 @@
 """Tiny video transformers of diffusers, randomly initialised, and pipelines around them that need no hub.
 
-Prompts are embeddings, so that the pipelines get no tokenizer and no text encoder; latents are given and handed back.
+A model is built once and shared: copy it before you change it. Prompts are embeddings, so that the pipelines get no
+tokenizer and no text encoder; latents are given and handed back.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 
@@ -30,6 +32,7 @@ def built(kind, seed, **config):
     return model
 
 
+@cache
 def wan(seed=0, channels=4, beside=0, image=None):
     return built(
         "WanTransformer3DModel",
@@ -46,11 +49,13 @@ def wan(seed=0, channels=4, beside=0, image=None):
     )
 
 
+@cache
 def ltx(seed=0):
     shape = {"in_channels": 8, "out_channels": 8, "attention_head_dim": 8, "cross_attention_dim": 16}
     return built("LTXVideoTransformer3DModel", seed, caption_channels=16, **shape)
 
 
+@cache
 def cogvideox(seed=0, rotary=True):
     return built(
         "CogVideoXTransformer3DModel",
