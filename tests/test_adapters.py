@@ -254,6 +254,28 @@ def test_the_official_model_is_called_as_it_wants_to_be():
     close(WanListField(model, listed(PROMPT), integer=True)(x, 0.7509), torch.cat(alone))
 
 
+def test_cogvideox_sees_an_image_beside_x_and_its_ofs_number():
+    """By hand: the pipeline for it wants a VAE."""
+    model, beside = tiny.cogvideox(rotary=False, beside=4, ofs_embed_dim=8), drawn(B, 3, 4, 8, 8, seed=4)
+    field, x = CogVideoXField(model, PROMPT, ALPHAS, condition=beside, ofs=2.0), state("cogvideox")
+    n = torch.full((B,), 699)
+    out = model(torch.cat([x, beside], 2), PROMPT, n, ofs=torch.tensor([2.0]), return_dict=False)[0]
+    close(field(x, 0.7), field.path.coefficients(0.7).determinant.float() * out)
+    other = CogVideoXField(model, PROMPT, ALPHAS, condition=beside, ofs=1.0)
+    assert (other(x, 0.7) - field(x, 0.7)).abs().max() > 1e-3
+    close(field.head(x, 0.7, field.stack(x, 0.7)), field(x, 0.7))
+
+
+@pytest.mark.parametrize("grid", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [50, 30, 7])
+def test_cogvideox_is_handed_the_scheduler_s_own_timesteps(steps, grid):
+    scheduler = tiny.cogvideox_ddim()
+    scheduler.set_timesteps(steps)
+    ts = (scheduler.timesteps.to(grid) + 1) / 1000
+    assert cogvideox().timestep(ts).tolist() == scheduler.timesteps.tolist()
+    assert cogvideox().timestep(torch.tensor([0.0, 0.5004])).tolist() == [0.0, pytest.approx(499.4, abs=1e-3)]
+
+
 # two experts
 
 

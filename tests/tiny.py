@@ -56,12 +56,12 @@ def ltx(seed=0):
 
 
 @cache
-def cogvideox(seed=0, rotary=True):
+def cogvideox(seed=0, rotary=True, beside=0, **more):
     return built(
         "CogVideoXTransformer3DModel",
         seed,
         attention_head_dim=16,
-        in_channels=4,
+        in_channels=4 + beside,
         out_channels=4,
         time_embed_dim=8,
         text_embed_dim=16,
@@ -70,6 +70,7 @@ def cogvideox(seed=0, rotary=True):
         sample_frames=9,
         max_text_seq_length=7,
         use_rotary_positional_embeddings=rotary,
+        **more,
     )
 
 

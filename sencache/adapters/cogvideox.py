@@ -57,7 +57,7 @@ class CogVideoXField(Guided):
         return model(
             hidden_states=seen,
             encoder_hidden_states=given["prompt"],
-            timestep=self.timestep(t),
+            timestep=self.timestep(t).to(x.device),
             ofs=None if self.ofs is None else x.new_full((1,), self.ofs),
             image_rotary_emb=self.rotary,
             return_dict=False,

@@ -47,7 +47,7 @@ class LTXField(Guided):
         self.fingerprint = fingerprint(model, "LTX", self.guidance, *self.shape.values(), held is not None)
 
     def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        timestep = 1000 * t.float()
+        timestep = (1000 * t.float()).to(x.device)
         if "held" in given:
             timestep = (timestep[:, None] if timestep.ndim == 1 else timestep) * ~given["held"]
         return model(

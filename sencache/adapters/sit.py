@@ -42,7 +42,7 @@ class SiTField(Guided):
         return self.sides[0]["y"]
 
     def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        at = t.to(x.dtype)
+        at = t.to(x)
         return model(x, at if self.data_at == 1 else 1 - at, given["y"])[:, : x.shape[1]]
 
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:

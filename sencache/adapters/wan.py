@@ -55,7 +55,7 @@ class WanField(Guided):
         return timestep.long() if self.integer else timestep
 
     def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        timestep = self.timestep(t)
+        timestep = self.timestep(t).to(x.device)
         if self.held is not None:  # a time of its own for each token: their frame's
             p_t, p_h, p_w = _patch(model.config)
             frames = timestep[:, None] * ~self.held[::p_t].to(x.device)
@@ -87,7 +87,9 @@ class WanListField(WanField):
         beside = {"y": list(given["condition"].to(x))} if "condition" in given else {}
         beside |= {"clip_fea": given["image"]} if "image" in given else {}
         tokens = x[0, 0].numel() // math.prod(_patch(model))
-        return torch.stack(model(list(x), t=self.timestep(t), context=given["prompt"], seq_len=tokens, **beside))
+        return torch.stack(
+            model(list(x), t=self.timestep(t).to(x.device), context=given["prompt"], seq_len=tokens, **beside)
+        )
 
 
 class WanExperts:
