@@ -134,7 +134,7 @@ SHAPES = {
 }
 EVERY = {make.__name__: make for make in SHAPES}
 EVERY["wan, a frame held"] = lambda guidance=4.0, **more: wan(guidance, held=torch.tensor([True, False, False]), **more)
-EVERY["ltx, tokens held"] = lambda guidance=3.0, **more: ltx(guidance, held=HELD, **more)
+EVERY["ltx, tokens held"] = lambda guidance=3.0, **more: ltx(guidance, held=HELD.float(), **more)
 LIKE = {"wan, a frame held": wan, "ltx, tokens held": ltx}
 over_adapters = pytest.mark.parametrize("adapter", EVERY)
 
@@ -274,6 +274,20 @@ def test_cogvideox_is_handed_the_scheduler_s_own_timesteps(steps, grid):
     ts = (scheduler.timesteps.to(grid) + 1) / 1000
     assert cogvideox().timestep(ts).tolist() == scheduler.timesteps.tolist()
     assert cogvideox().timestep(torch.tensor([0.0, 0.5004])).tolist() == [0.0, pytest.approx(499.4, abs=1e-3)]
+
+
+def test_the_official_model_is_handed_a_time_for_each_token_where_frames_are_held():
+    class Tokens(ListModel):
+        def forward(self, x, t, context, seq_len):
+            self.times = t
+            return super().forward(x, t.amax(1), context, seq_len)
+
+    torch.manual_seed(0)
+    model = Tokens().requires_grad_(False)
+    field = WanListField(model, listed(PROMPT), held=torch.tensor([1, 0, 0]))
+    v = field(state("wan"), 0.75)
+    assert model.times.tolist() == [[0.0] * 4 + [750.0] * 8] * B
+    assert torch.equal(v.abs().amax((0, 1, 3, 4)) > 0, torch.tensor([False, True, True]))
 
 
 # two experts

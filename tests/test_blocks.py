@@ -7,6 +7,7 @@ polynomial through the true velocities around them, and the bare stepper is fed 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -231,6 +232,31 @@ def test_states_of_any_shape_are_repaid(method, shape):
     stepper = METHODS[method](Linear(), ts)
     ends = [blocks_run(Shaped(), PATTERN, X.reshape(one), ts, stepper)[0] for one in (shape, (3, 6))]
     close(ends[0].flatten(), ends[1].flatten())
+
+
+def test_states_in_several_parts_are_repaid_in_a_loop_of_bare_calls():
+    class Parts(Stacked):
+        def stack(self, x, t):
+            return [torch.sin(3 * part) * t for part in x]
+
+        def head(self, x, t, stack):
+            return [torch.tanh(one) * (1 + t) - 0.3 * part for one, part in zip(stack, x, strict=True)]
+
+    class Whole(Stacked):
+        def stack(self, x, t):
+            return torch.sin(3 * x) * t
+
+        def head(self, x, t, stack):
+            return torch.tanh(stack) * (1 + t) - 0.3 * x
+
+    ts, wanted = to_data(Linear()), dict(zip(to_data(Linear()).tolist(), PATTERN, strict=False))
+    how = {"tolerance": lambda t: 0.0 if wanted[t] else math.inf, "payload": "blocks"}
+    parts, whole = CachedField(Parts(), **how), CachedField(Whole(), **how)
+    x = [X[:, :2], X[:, 2:]]
+    with parts.run(ts) as run:
+        for t, t_next in pairwise(ts):
+            x = [part + (t_next - t) * v for part, v in zip(x, run(x, t), strict=True)]
+    close(torch.cat(x, 1), whole.integrate(X, ts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,6 +40,7 @@ class LTXField(Guided):
         batched: bool = True,
         held: Tensor | None = None,
     ):
+        held = None if held is None else held.bool()
         none = None if negative is None else {"prompt": negative, "mask": negative_mask, "held": held}
         super().__init__(model, {"prompt": prompt, "mask": mask, "held": held}, none, guidance, batched)
         self.shape = {"num_frames": num_frames, "height": height, "width": width, "rope_interpolation_scale": scale}

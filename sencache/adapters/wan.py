@@ -45,8 +45,8 @@ class WanField(Guided):
         beside = {"condition": condition, "image": image}
         none = None if negative is None else {"prompt": negative, **beside}
         super().__init__(model, {"prompt": prompt, **beside}, none, guidance, batched)
-        self.held, self.integer, self.path = held, integer, Linear()
-        options = (self.guidance, integer, condition is not None, None if held is None else held.tolist())
+        self.held, self.integer, self.path = None if held is None else held.bool(), integer, Linear()
+        options = (self.guidance, integer, condition is not None, None if self.held is None else self.held.tolist())
         self.fingerprint = fingerprint(model, type(self).__name__, *options)
 
     def timestep(self, t: Tensor) -> Tensor:
@@ -54,16 +54,19 @@ class WanField(Guided):
         timestep = 1000 * t.float()
         return timestep.long() if self.integer else timestep
 
-    def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+    def timesteps(self, x: Tensor, t: Tensor, patch: tuple[int, int, int]) -> Tensor:
+        """The timesteps (B,) of t (B,), or where frames are held those (B, N) of the tokens of x."""
         timestep = self.timestep(t).to(x.device)
-        if self.held is not None:  # a time of its own for each token: their frame's
-            p_t, p_h, p_w = _patch(model.config)
-            frames = timestep[:, None] * ~self.held[::p_t].to(x.device)
-            timestep = frames.repeat_interleave(x.shape[3] // p_h * (x.shape[4] // p_w), 1)
+        if self.held is None:
+            return timestep
+        frames = timestep[:, None] * ~self.held[:: patch[0]].to(x.device)
+        return frames.repeat_interleave(x.shape[3] // patch[1] * (x.shape[4] // patch[2]), 1)
+
+    def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
         seen = torch.cat([x, given["condition"].to(x)], 1) if "condition" in given else x
         return model(
             hidden_states=seen,
-            timestep=timestep,
+            timestep=self.timesteps(x, t, _patch(model.config)),
             encoder_hidden_states=given["prompt"],
             encoder_hidden_states_image=given.get("image"),
             return_dict=False,
@@ -86,10 +89,9 @@ class WanListField(WanField):
     def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
         beside = {"y": list(given["condition"].to(x))} if "condition" in given else {}
         beside |= {"clip_fea": given["image"]} if "image" in given else {}
-        tokens = x[0, 0].numel() // math.prod(_patch(model))
-        return torch.stack(
-            model(list(x), t=self.timestep(t).to(x.device), context=given["prompt"], seq_len=tokens, **beside)
-        )
+        patch = _patch(model)
+        shape = {"t": self.timesteps(x, t, patch), "seq_len": x[0, 0].numel() // math.prod(patch)}
+        return torch.stack(model(list(x), context=given["prompt"], **shape, **beside))
 
 
 class WanExperts:
