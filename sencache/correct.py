@@ -14,7 +14,7 @@ Where a reuse goes through the head of a network, used_j is no combination of ou
 is kept in the same way, of the size of a state: the excess, sum_j c_j (used_j - y_r), which is taken off what is owed.
 
 Shapes: B samples; moments (B, 3) float64 on the host, of the open gap; within a step of Q queries those of up to Q + 1
-gaps stand side by side, (B, 3 (Q + 1)).
+gaps stand side by side, (B, Q + 1, 3).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def beyond(used: Any, y_r: Any, evaluated: Tensor) -> Any:
     """What a reuse adds to the excess: used - y_r, a tree of (B, ...); zero of the samples `evaluated` (B,) bool."""
     last = used if evaluated.all() else y_r
     pairs = zip(tensors(used), tensors(last), strict=True)
-    return replace(used, [difference(*pair) * spread(~evaluated, pair[0]) for pair in pairs])
+    return _scaled(replace(used, [difference(*pair) for pair in pairs]), ~evaluated)
 
 
 def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any], excess: Any = None) -> Any:
@@ -83,11 +83,22 @@ def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any], excess: A
 
     def sum_of(part: Tensor, y_k: Tensor, y_r: Tensor, y_2: Tensor, excess: Tensor | float) -> Tensor:
         wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        k, _, two = (spread(weight, wide) for weight in weights.unbind(1))
-        return (wide + k * difference(y_k, y_r) + two * difference(y_2, y_r) - excess).to(part.dtype)
+        k, _, two = weights.unbind(1)
+        return (wide + _share(k, difference(y_k, y_r)) + _share(two, difference(y_2, y_r)) - excess).to(part.dtype)
 
     parts = zip(*map(tensors, (state, *outputs)), tensors(excess) or repeat(0.0), strict=False)
     return replace(state, [sum_of(*part) for part in parts])
+
+
+def _share(factors: Tensor, part: Tensor) -> Tensor:
+    """A tensor (B, ...), each sample times its factor (B,), and 0 where that is 0, whatever the sample holds."""
+    factor = spread(factors, part)
+    return torch.where(factor == 0, 0.0, factor * part)
+
+
+def _scaled(tree: Any, factors: Tensor) -> Any:
+    """`_share` of every tensor in a tree."""
+    return replace(tree, [_share(factors, part) for part in tensors(tree)])
 
 
 class Ledger(Protocol):
@@ -141,11 +152,6 @@ class Folding:
         ]
         self.open[note.branch] = state[:, None] * moments + gain[:, None] * note.offset, replace(excess, moved)
         return repaid(y, *self.folded[note.branch])
-
-
-def _scaled(tree: Any, factors: Tensor) -> Any:
-    """A tree of tensors (B, ...), each sample times its factor (B,)."""
-    return replace(tree, [part * spread(factors, part) for part in tensors(tree)])
 
 
 def _check_one_output(stepper: Stepper, ts: Tensor) -> None:
@@ -228,7 +234,7 @@ def _each(sums: Sums, change: Callable[[Tensor], Tensor]) -> Sums:
 
 def _in_gap(sums: Tensor, gap: Tensor, gaps: int) -> Tensor:
     """Sums (B, n) as those of `gap` (B,) among several: (B, gaps, n), zero elsewhere."""
-    return one_hot(gap, gaps).to(sums)[:, :, None] * sums[:, None]
+    return torch.where(one_hot(gap, gaps).bool().to(sums.device)[:, :, None], sums[:, None], 0.0)
 
 
 def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) -> Any:
@@ -239,7 +245,7 @@ def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) 
         if m.ndim < 2:  # a step's length
             return part
         weights = torch.where(closed[:, None], owed(m, note.nodes), 0.0)
-        taken_off = None if e is None else e.reshape(part.shape) * spread(closed, part)
+        taken_off = None if e is None else _share(closed, e.reshape(part.shape))
         return repaid(part, weights, note.outputs, taken_off)
 
     parts = zip(tensors(states), tensors(moments), tensors(excess) or repeat(None), strict=False)

@@ -81,7 +81,8 @@ class Run:
         needed = computed = ~(reused | seen.same)
 
         s, s_ref, s_before = (rule.variable(at) for at in (seen.t, seen.t_ref, seen.t_before))
-        phi = rule.phi(s, s_ref, s_before.where(seen.difference.isfinite(), torch.nan)).masked_fill(needed, 0)
+        s_before = s_before.where(seen.difference.isfinite(), torch.nan)  # no line through what is not finite
+        phi = rule.phi(s, s_ref, s_before).masked_fill(needed, 0)
         earlier = branch.y, branch.y_before  # y_r, y_2
         if needed.any():
             (y, stack), computed = _evaluate(

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sencache import CachedField, calibrate, rms
+from sencache import CachedField, SensitivityProfile, calibrate, rms
 from sencache.correct import Notes, Repaying
 from sencache.reuse import REUSES, VARIABLES
 from sencache.run import Rule, Run
@@ -300,3 +300,28 @@ ERRORS = {
 def test_wrong_arguments_are_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         wrong()
+
+
+# what is not a number
+
+
+@pytest.mark.parametrize("failing", [1, 4, 6])
+@pytest.mark.parametrize("payload", ["output", "blocks"])
+def test_an_output_that_is_not_finite_is_repaid_from_and_into_nothing(payload, failing):
+    """In a loop of bare calls, of one sample, while another one is repaid: later answers are finite again."""
+    ts, wanted = to_data(Linear()), dict(zip(to_data(Linear()).tolist(), PATTERN, strict=False))
+    bad = float(ts[failing])
+
+    class Failing(Stacked):
+        def head(self, x, t, stack):
+            v = super().head(x, t, stack)
+            return torch.where((torch.arange(3) == 1)[:, None] & (float(t) == bad), torch.nan, v)
+
+    profile = SensitivityProfile(ts, torch.zeros(K + 1), torch.zeros(K + 1))
+    how = {"max_reuses": math.inf, "reuse": "hold", "correct": True, "payload": payload}
+    cached = CachedField(Failing(), profile, tolerance=lambda t: 0.0 if wanted[t] else math.inf, **how)
+    with cached.run(ts):
+        answers = [cached(X, t) for t in ts[:-1]]
+    for k, answer in enumerate(answers):
+        assert answer[[0, 2]].isfinite().all()
+        assert answer[1].isfinite().all() == (k != failing)
