@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.checks import check_fit, check_model, check_options
+from sencache.checks import check_fit, check_model, check_options, check_payload
 from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Gains, Planned, Sensitivities
-from sencache.memory import Key
+from sencache.memory import Key, one_network
 from sencache.norms import Norm, rms
 from sencache.plan import Plan, influence, plan_for
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
-from sencache.run import Rule, Run
+from sencache.run import Criterion, Rule, Run
 from solvers import Euler, Stepper, integrate
 from solvers.loop import check_grid
 
@@ -51,6 +51,10 @@ class CachedField:
         and adds up those since the last evaluation, so that a tolerance means the same on every grid.
 
     reuse: what a reuse returns: "linear" continues the line through the last two evaluations, "hold" is the last one.
+    payload: what it is that is continued: the "output", or by "blocks" what a transformer's blocks add to its tokens,
+        as the authors' code does. Then embeddings and head run at every query, on the true x and t, which is not
+        counted as an evaluation; and the field needs `stack(x, t)` and `head(x, t, stack)`, of which
+        `head(x, t, stack(x, t))` is its output.
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
         "hold": ``CachedField(field, profile, tolerance=0.1, max_reuses=3, reuse="hold")`` is the paper to the letter.
         It takes effect in `integrate`; where only calls are seen, give `run` the grid.
@@ -70,16 +74,18 @@ class CachedField:
         max_reuses: float | None = None,
         unit: str | None = None,
         reuse: str = "linear",
+        payload: str = "output",
         correct: bool | None = None,
         norm: Norm = rms,
         key: Key | None = None,
     ):
         check_options(profile, nfe, rtol, tolerance, max_reuses, unit, reuse, correct)
+        check_payload(field, payload, rtol)
         if profile is not None:
             check_model(profile, field)
         self.field, self.profile, self.norm, self.key = field, profile, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
-        self.max_reuses, self.reuse = max_reuses, reuse
+        self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
         self.unit = unit or ("output" if profile is not None else "sample")
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, Plan] = {}
@@ -154,7 +160,9 @@ class CachedField:
         name = f"{stepper} {grid.tolist()}"
         if name not in self._plans:
             check_fit(profile, grid)
-            self._plans[name] = plan_for(profile, grid, stepper, self.reuse, self.correct, self.nfe, self.rtol)
+            regime = getattr(self.field, "regime", one_network)
+            how = (self.reuse, self.correct, self.nfe, self.rtol, regime)
+            self._plans[name] = plan_for(profile, grid, stepper, *how)
         return self._plans[name]
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
@@ -169,24 +177,29 @@ class CachedField:
         return run
 
     def _rule(self, ts: Tensor | None, stepper: Stepper) -> Rule:
+        criterion, n, variable = self._criterion(ts, stepper)
+        epsilon: Any = math.inf if self.tolerance is None else self.tolerance
+        everywhere = epsilon if callable(epsilon) else _everywhere(epsilon)
+        gains = None
+        if self.unit == "sample" and self.tolerance is not None:
+            gains = Gains() if ts is None else Gains(*influence(stepper, ts))
         phi = REUSES[self.reuse]
+        return Rule(criterion, everywhere, n, phi, VARIABLES[variable], self.norm, self.payload, gains)
+
+    def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:
+        """Who decides, how many reuses in a row it is allowed, and the variable in which outputs are continued."""
         if self.tolerance is None:
             plan = self.plan(ts, stepper)
-            criterion, variable = Planned(plan), VARIABLES[plan.variable]
-            return Rule(criterion, _everywhere(math.inf), math.inf, phi, variable, self.norm)
-        epsilon = self.tolerance if callable(self.tolerance) else _everywhere(self.tolerance)
-        gains, unlimited = None, self.unit == "sample"
-        if unlimited:
-            gains = Gains() if ts is None else Gains(*influence(stepper, ts))
-        n = self.max_reuses if self.max_reuses is not None else math.inf if unlimited else 3
+            return Planned(plan), math.inf, plan.variable
+        n = self.max_reuses if self.max_reuses is not None else math.inf if self.unit == "sample" else 3
         if self.profile is None:
-            return Rule(Differences(VARIABLES["t"]), epsilon, n, phi, VARIABLES["t"], self.norm, gains)
-        name = "t"
+            return Differences(VARIABLES["t"]), n, "t"
+        variable = "t"
         if ts is not None:
             check_fit(self.profile, ts)
             if self.profile.gram is not None and (self.reuse != "hold" or self.correct):
-                name = self._plan(self.profile, ts.double().cpu(), stepper).variable
-        return Rule(Sensitivities(self.profile), epsilon, n, phi, VARIABLES[name], self.norm, gains)
+                variable = self._plan(self.profile, ts.double().cpu(), stepper).variable
+        return Sensitivities(self.profile), n, variable
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_thread"}

@@ -54,6 +54,20 @@ def check_options(
         raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
 
 
+def check_payload(field: Any, payload: str, rtol: float | None) -> None:
+    if payload not in ("output", "blocks"):
+        raise ValueError(f"`payload` must be output or blocks; got {payload!r}.")
+    missing = [name for name in ("stack", "head") if not hasattr(field, name)]
+    if payload == "blocks" and missing:
+        raise ValueError(
+            f'payload="blocks" needs a field with `stack(x, t)`, what its blocks add to the tokens, and `head(x, t, '
+            f"stack)`, its output made of that; {type(field).__name__} has no {' and no '.join(missing)}. The adapters "
+            'of `sencache.adapters` have both; for any other field take payload="output".'
+        )
+    if payload == "blocks" and rtol is not None:
+        raise ValueError('`rtol` is rehearsed with payload="output"; with "blocks" give `nfe`.')
+
+
 def check_model(profile: SensitivityProfile, field: Any) -> None:
     measured, ours = profile.facts.get("fingerprint"), getattr(field, "fingerprint", None)
     if measured and ours and measured != ours:

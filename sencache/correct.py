@@ -10,14 +10,17 @@ the moments sum_j c_j (s_j - s_r, (s_j - s_r)^2, phi_j). A stepper is linear in 
 are found by running the stepper itself on three numbers instead of a state: exact for every linear method, its
 history included, and nothing has to be known about it.
 
+Where a reuse goes through the head of a network, used_j is no combination of outputs. Then phi_j = 0, and one more sum
+is kept in the same way, of the size of a state: the excess, sum_j c_j (used_j - y_r), which is taken off what is owed.
+
 Shapes: B samples; moments (B, 3) float64 on the host, of the open gap; within a step of Q queries those of up to Q + 1
-gaps stand side by side, (B, 3 (Q + 1)).
+gaps stand side by side, (B, Q + 1, 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,6 +37,7 @@ class Note(NamedTuple):
     """One query of a run, as far as the debt is concerned."""
 
     offset: Tensor  # (B, 3) what a reuse adds to the moments; zero where the sample was evaluated
+    excess: Any  # and to the excess, a tree of tensors (B, ...); None where outputs themselves are reused
     closes: Tensor  # (B,) bool, the sample was evaluated
     nodes: Tensor  # (B, 3) s_k, s_r, s_2 of an evaluation; NaN where there was none
     outputs: tuple[Any, Any, Any]  # y_k, y_r, y_2, trees of tensors (B, ...)
@@ -73,17 +77,39 @@ def observed(offsets: Tensor, nodes: Tensor, apart: Tensor) -> Tensor:
     return (k**2 * side + two**2 * other + 2 * k * two * product).clamp(min=0).sqrt()
 
 
-def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any]) -> Any:
-    """A state, a tree of (B, ...), plus y_k, y_r, y_2 weighted by (B, 3), summing to 0; in float32 or better."""
-    if not weights.any():
+def beyond(used: Any, y_r: Any, evaluated: Tensor) -> Any:
+    """What a reuse adds to the excess: used - y_r, a tree of (B, ...); zero of the samples `evaluated` (B,) bool."""
+    last = used if evaluated.all() else y_r
+    pairs = zip(tensors(used), tensors(last), strict=True)
+    return _scaled(replace(used, [difference(*pair) for pair in pairs]), ~evaluated)
+
+
+def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any], excess: Any = None) -> Any:
+    """A state, a tree of (B, ...), plus y_k, y_r, y_2 weighted by (B, 3), summing to 0, less the excess.
+
+    In float32 or better.
+    """
+    if not weights.any() and not any(part.any() for part in tensors(excess)):
         return state
 
-    def sum_of(part: Tensor, y_k: Tensor, y_r: Tensor, y_2: Tensor) -> Tensor:
+    def sum_of(part: Tensor, y_k: Tensor, y_r: Tensor, y_2: Tensor, excess: Tensor | float) -> Tensor:
         wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        k, _, two = (spread(weight, wide) for weight in weights.unbind(1))
-        return (wide + k * difference(y_k, y_r) + two * difference(y_2, y_r)).to(part.dtype)
+        k, _, two = weights.unbind(1)
+        return (wide + _share(k, difference(y_k, y_r)) + _share(two, difference(y_2, y_r)) - excess).to(part.dtype)
 
-    return replace(state, [sum_of(*parts) for parts in zip(*map(tensors, (state, *outputs)), strict=True)])
+    parts = zip(*map(tensors, (state, *outputs)), tensors(excess) or repeat(0.0), strict=False)
+    return replace(state, [sum_of(*part) for part in parts])
+
+
+def _share(factors: Tensor, part: Tensor) -> Tensor:
+    """A tensor (B, ...), each sample times its factor (B,), and 0 where that is 0, whatever the sample holds."""
+    factor = spread(factors, part)
+    return torch.where(factor == 0, 0.0, factor * part)
+
+
+def _scaled(tree: Any, factors: Tensor) -> Any:
+    """`_share` of every tensor in a tree."""
+    return replace(tree, [_share(factors, part) for part in tensors(tree)])
 
 
 class Ledger(Protocol):
@@ -114,24 +140,29 @@ class Folding:
         _check_one_output(stepper, self.ts)
         weights = [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
         self.state, self.gain = torch.stack(weights).T  # (K,) each
-        self.moments: dict[int, Tensor] = {}  # (B, 3) of each conditioning
-        self.folded: dict[int, tuple[Tensor, tuple[Any, Any, Any]]] = {}  # what its last query was repaid
+        self.open: dict[int, tuple[Tensor, Any]] = {}  # moments (B, 3) and excess of each conditioning
+        self.folded: dict[int, tuple[Tensor, tuple[Any, Any, Any], Any]] = {}  # what its last query was repaid
 
     def enter(self, y: Any, note: Note, t: Tensor) -> Any:
         if note.same.all():  # asked again, answered again
             return repaid(y, *self.folded[note.branch])
         gap, k = (t[:, None] - self.ts[:-1]).abs().min(1)
         on_grid = gap <= 1e-6 * self.ts.diff().abs().min()
-        moments = self.moments.get(note.branch, torch.zeros(0, 3, dtype=torch.float64))
-        moments = moments if len(moments) == len(t) else torch.zeros_like(note.offset)
-        moments = moments.masked_fill(note.anew[:, None], 0)
-        weights = owed(moments, note.nodes) * (self.state / self.gain)[k, None]
-        weights = torch.where((note.closes & on_grid)[:, None], weights, 0.0)
-        moved = self.state[k, None] * moments + self.gain[k, None] * note.offset
-        moved = torch.where((~note.closes & on_grid)[:, None], moved, 0.0)
-        self.moments[note.branch] = torch.where(note.same[:, None], moments, moved)
-        self.folded[note.branch] = weights, note.outputs
-        return repaid(y, weights, note.outputs)
+        moments, excess = self.open.get(note.branch, (torch.zeros(0, 3, dtype=torch.float64), None))
+        if len(moments) != len(t):
+            moments, excess = torch.zeros_like(note.offset), _scaled(note.excess, torch.zeros_like(t))
+        moments, excess = moments.masked_fill(note.anew[:, None], 0), _scaled(excess, ~note.anew)
+        share = torch.where(note.closes & on_grid, self.state[k] / self.gain[k], 0.0)
+        self.folded[note.branch] = owed(moments, note.nodes) * share[:, None], note.outputs, _scaled(excess, share)
+
+        goes_on = ~note.closes & on_grid
+        state, gain = (torch.where(goes_on, weight[k], 0.0) for weight in (self.state, self.gain))
+        state, gain = torch.where(note.same, 1.0, state), torch.where(note.same, 0.0, gain)
+        moved = [
+            a + b for a, b in zip(*map(tensors, (_scaled(excess, state), _scaled(note.excess, gain))), strict=True)
+        ]
+        self.open[note.branch] = state[:, None] * moments + gain[:, None] * note.offset, replace(excess, moved)
+        return repaid(y, *self.folded[note.branch])
 
 
 def _check_one_output(stepper: Stepper, ts: Tensor) -> None:
@@ -167,51 +198,66 @@ class Repaying:
         self.linear: Stepper = getattr(stepper, "linear", stepper)
 
     def advance(self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        history, moments, moment_history = memory or (None, torch.zeros(len(x), 3, dtype=torch.float64), None)
         self.notes.clear()
+        history, sums = memory or (None, [])
         dx, history = self.stepper.advance(field, x, t, t_next, history)
 
         closes = torch.stack([note.closes for note in self.notes]).long()  # (Q, B)
-        lies_in = closes.cumsum(
-            0
-        )  # the gap of each query: 0 is the one that was open, and each evaluation opens another
-        most = len(closes)
-        offsets = iter([_in_gap(note.offset, gap, most) for note, gap in zip(self.notes, lies_in, strict=True)])
-        moments, moment_history = _each((moments, moment_history), lambda m: _in_gap(m, 0 * lies_in[0], most))
-        change, moment_history = self.linear.advance(
-            lambda m, t: next(offsets), moments, t.cpu(), t_next.cpu(), moment_history
-        )
-        moments = moments + change
+        lies_in = closes.cumsum(0)  # the gap of each query: 0 was open before, and each evaluation opens another
+        terms = [[note.offset for note in self.notes]]
+        if self.notes[0].excess is not None:
+            terms.append([note.excess.reshape(len(x), -1) for note in self.notes])
+        sums = sums or [Sums(torch.zeros_like(parts[0]), None) for parts in terms]
+        sums = [one.step(self.linear, parts, lies_in, t, t_next) for one, parts in zip(sums, terms, strict=True)]
 
         for note, closed in zip(self.notes, lies_in - closes, strict=True):
-            dx = _repaid(dx, moments, note, closed)
-            history = _repaid_history(history, moment_history, note, closed)
-        moments, moment_history = _each((moments, moment_history), lambda m: _of_gap(m, lies_in[-1]))
-        return dx, (history, moments, moment_history)
+            dx, history = _repaid((dx, history), note, *(one.of(closed) for one in sums))
+        return dx, (history, [one.of(lies_in[-1]) for one in sums])
 
 
-def _each(moments: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A tree of moments (B, ...), each changed; what is no moment, such as a step's length, is kept."""
-    return replace(moments, [change(part) if part.ndim == 2 else part for part in tensors(moments)])
+class Sums(NamedTuple):
+    """Sums over the reuses of a gap, as the stepper weighs them: what it makes of their terms in place of outputs."""
+
+    state: Tensor  # (B, n)
+    history: Any
+
+    def step(self, stepper: Stepper, terms: list[Tensor], lies_in: Tensor, t: Tensor, t_next: Tensor) -> Sums:
+        """The sums of Q + 1 gaps side by side, (B, Q + 1, n), after a step of Q queries; the open gap becomes gap 0.
+
+        terms: (B, n) of each query; lies_in: (Q, B) its gap.
+        """
+        gaps, first = len(terms) + 1, 0 * lies_in[0]
+        aside = iter([_in_gap(term, gap, gaps) for term, gap in zip(terms, lies_in, strict=True)])
+        state, history = _each(self, lambda part: _in_gap(part, first, gaps))
+        t, t_next = t.to(state.device), t_next.to(state.device)
+        change, history = stepper.advance(lambda m, t: next(aside), state, t, t_next, history)
+        return Sums(state + change, history)
+
+    def of(self, gap: Tensor) -> Sums:
+        """Of gaps side by side, the sums (B, n) of `gap` (B,)."""
+        return _each(self, lambda part: part[torch.arange(len(gap)), gap])
 
 
-def _in_gap(moments: Tensor, gap: Tensor, most: int) -> Tensor:
-    """Moments (B, 3) as those of `gap` (B,) among gaps 0 to `most`: (B, 3 (most + 1)), zero elsewhere."""
-    return (one_hot(gap, most + 1)[:, :, None] * moments[:, None]).flatten(1)
+def _each(sums: Sums, change: Callable[[Tensor], Tensor]) -> Sums:
+    """Every sum changed; what is none, such as a step's length in the history, is kept."""
+    return replace(sums, [change(part) if part.ndim > 1 else part for part in tensors(sums)])
 
 
-def _of_gap(moments: Tensor, gap: Tensor) -> Tensor:
-    """The moments (B, 3) of `gap` (B,)."""
-    return moments.unflatten(1, (-1, 3))[torch.arange(len(gap)), gap]
+def _in_gap(sums: Tensor, gap: Tensor, gaps: int) -> Tensor:
+    """Sums (B, n) as those of `gap` (B,) among several: (B, gaps, n), zero elsewhere."""
+    return torch.where(one_hot(gap, gaps).bool().to(sums.device)[:, :, None], sums[:, None], 0.0)
 
 
-def _repaid(state: Tensor, moments: Tensor, note: Note, gap: Tensor) -> Tensor:
-    """A state (B, ...) with what the gap (B,) that a query closed owes, of the samples where it closed one."""
-    weights = torch.where(note.closes[:, None], owed(_of_gap(moments, gap), note.nodes), 0.0)
-    return repaid(state, weights, note.outputs)
+def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) -> Any:
+    """Dx and history with what each owes for the gap that a query closed, of the samples where it closed one."""
+    closed = note.closes & ~note.anew
 
+    def one(part: Tensor, m: Tensor, e: Tensor | None) -> Tensor:
+        if m.ndim < 2:  # a step's length
+            return part
+        weights = torch.where(closed[:, None], owed(m, note.nodes), 0.0)
+        taken_off = None if e is None else _share(closed, e.reshape(part.shape))
+        return repaid(part, weights, note.outputs, taken_off)
 
-def _repaid_history(history: Any, moments: Any, note: Note, gap: Tensor) -> Any:
-    """A stepper's history with every state in it repaid by its own moments."""
-    pairs = zip(tensors(history), tensors(moments), strict=True)
-    return replace(history, [_repaid(part, m, note, gap) if m.ndim == 2 else part for part, m in pairs])
+    parts = zip(tensors(states), tensors(moments), tensors(excess) or repeat(None), strict=False)
+    return replace(states, [one(*three) for three in parts])

@@ -18,6 +18,7 @@ from sencache.report import Query
 from sencache.trees import leaves, replace, tensors
 
 Key = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+Regime = Callable[[Tensor], Tensor]  # which network answers at times t: of t's shape, equal where it is the same one
 MOST_BRANCHES = 8
 
 
@@ -35,6 +36,7 @@ class Look(NamedTuple):
     same: Tensor  # bool, x and t are exactly those of the query before
     step: Tensor  # float64, the sign of t's move since the query before
     anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
+    other: Tensor  # bool, another network answers here than at the last evaluation
 
 
 class Branch:
@@ -42,10 +44,12 @@ class Branch:
 
     x: Any  # the references: where each sample was last evaluated,
     t: Tensor  # (B, T) when,
-    y: Any  # and what came out
+    y: Any  # and what came out,
+    stack: Any  # by way of what the blocks added, where that is reused instead of y; else None
     finite: Tensor  # (B,) bool, on the device: whether y can be reused at all
     t_before: Tensor  # (B, T) when the evaluation before was; NaN where there is none,
-    y_before: Any  # and what came out
+    y_before: Any  # and what came out,
+    stack_before: Any  # by way of
     difference: Tensor  # (B,) on the device, the norm of y - y_before
     spent: Tensor  # (B,) float64, what the last query was measured by, 0 if that was an evaluation
     reuses: Tensor  # (B,) int64, m: of y, in a row
@@ -59,7 +63,7 @@ class Branch:
         self.y = self.y_before = None
         self.open = []
 
-    def look(self, x: Any, clock: Tensor, norm: Norm) -> Look:
+    def look(self, x: Any, clock: Tensor, norm: Norm, regime: Regime) -> Look:
         """Compare a query with the memory, at the price of one transfer from the device."""
         if self.y is None or _kind(x) != _kind(self.x) or clock.shape != self.t.shape:  # another trajectory
             return self._begin(clock)
@@ -74,7 +78,8 @@ class Branch:
         step, since = (now - last).sign(), (now - last).abs()
         same = (still == 1) & (clock == self.last_t).all(1) & distance.isfinite()
         anew, elapsed = step * self.direction < 0, (t - t_ref).abs()
-        return Look(t, t_ref, t_before, elapsed, distance, difference, since, self.spent, same, step, anew)
+        other = (regime(clock) != regime(self.t)).any(1) & ~anew
+        return Look(t, t_ref, t_before, elapsed, distance, difference, since, self.spent, same, step, anew, other)
 
     def _begin(self, clock: Tensor) -> Look:
         """Nothing to compare with: infinitely far from a memory that has to be made."""
@@ -82,38 +87,35 @@ class Branch:
         zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
         self.y, self.y_before, self.open = None, None, []
         self.direction, self.spent, self.reuses = zero, zero, no.long()
-        return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew)
+        return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew, no)
 
-    def keep(self, rows: Tensor, x: Any, clock: Tensor, y: Any, anew: Tensor, norm: Norm) -> None:
-        """Move the reference of the samples `rows` (B,) bool to this query; y holds the outputs of these alone.
+    def keep(self, rows: Tensor, x: Any, clock: Tensor, y: Any, stack: Any, anew: Tensor, norm: Norm) -> None:
+        """Move the reference of the samples `rows` (B,) bool to this query; y and stack are of these alone.
 
         What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none.
         """
         finite = torch.stack([part.isfinite().reshape(len(part), -1).all(1) for part in tensors(y)]).all(0)
         if self.y is None:
-            self.x, self.y, self.t, self.finite = copy(x), copy(y), clock, finite
-            self.y_before, self.t_before = self.y, torch.full_like(clock, torch.nan)
+            self.x, self.y, self.stack, self.t, self.finite = copy(x), copy(y), copy(stack), clock, finite
+            self.y_before, self.stack_before, self.t_before = self.y, self.stack, torch.full_like(clock, torch.nan)
         else:
             fits = torch.where(anew[:, None], torch.nan, self.t)
             self.t_before = torch.where(rows[:, None], fits, self.t_before)
-            self.y_before = self.y if rows.all() else merge(rows, take(rows, self.y), self.y_before)
+            self.y_before, self.stack_before = self._moved(rows)
             self.x, self.y = merge(rows, take(rows, x), self.x), merge(rows, y, self.y)
+            self.stack = merge(rows, stack, self.stack)
             self.finite = merge(rows, finite, self.finite)
             self.t = torch.where(rows[:, None], clock, self.t)
         moved = apart(self.y, self.y_before, norm)
         self.difference = torch.where(self.t_before.isnan().all(1).to(moved.device), torch.inf, moved)
         self.reuses, self.spent = self.reuses.masked_fill(rows, 0), self.spent.masked_fill(rows, 0)
 
-    def answer(self, phi: Tensor) -> Any:
-        """Each sample's last evaluation, continued by phi (B,) of its difference from the one before."""
-        if not phi.any():
-            return copy(self.y)
-
-        def along(y: Tensor, before: Tensor) -> Tensor:
-            share = spread(phi, y)
-            return torch.where(share == 0, y, torch.lerp(y, before, -share))
-
-        return replace(self.y, [along(*pair) for pair in zip(tensors(self.y), tensors(self.y_before), strict=True)])
+    def _moved(self, rows: Tensor) -> tuple[Any, Any]:
+        """What becomes the evaluation before, once the samples `rows` (B,) bool are evaluated."""
+        if rows.all():
+            return self.y, self.stack
+        pairs = (self.y, self.y_before), (self.stack, self.stack_before)
+        return tuple(merge(rows, take(rows, last), before) for last, before in pairs)
 
     def stand(self, x: Any, clock: Tensor, step: Tensor, spent: Tensor, reused: Tensor) -> None:
         """Remember where this query stood and how it fared; the first move of t sets a sample's direction."""
@@ -153,6 +155,11 @@ class Branches:
 
     def clear(self) -> None:
         self.known = []
+
+
+def one_network(t: Tensor) -> Tensor:
+    """The regime of a field that is one network throughout: the same at every t, of t's shape."""
+    return torch.zeros_like(t, dtype=torch.bool)
 
 
 def batch_of(x: Any) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sencache.correct import owed
+from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
 from solvers import Stepper, VelocityField
@@ -98,6 +99,20 @@ class Problem:
     reuse: str
     variable: str
     correct: bool
+    part: Tensor | None = None  # (T,) which network answers, counted along the grid; by default one throughout
+
+    def __post_init__(self) -> None:
+        if self.part is None:
+            object.__setattr__(self, "part", torch.zeros(len(self.times), dtype=torch.int64))
+
+    def together(self, one: Tensor, other: Tensor) -> Tensor:
+        """Whether one network answers at the query times of both indices; nothing is reused or repaid across two.
+
+        Of -1 and T, where nothing is evaluated, what is said means nothing.
+        """
+        assert self.part is not None
+        last = len(self.times) - 1
+        return self.part[one.clamp(0, last)] == self.part[other.clamp(0, last)]
 
     def residual(self, before: Tensor, ref: Tensor, end: Tensor) -> Tensor:
         """The weights (n, T) of the outputs in what gaps ref -> end leave in the final state; `before` ended at ref.
@@ -106,7 +121,7 @@ class Problem:
         """
         size = len(self.times)
         s, j = VARIABLES[self.variable](self.times), torch.arange(size)
-        s_ref, s_before = s[ref], torch.where(before >= 0, s[before], torch.nan)
+        s_ref, s_before = s[ref], torch.where((before >= 0) & self.together(before, ref), s[before], torch.nan)
         inside = (j > ref[:, None]) & (j < end[:, None])
         phi = REUSES[self.reuse](s.expand(len(ref), -1), s_ref[:, None], s_before[:, None])
         weight = self.gain * inside
@@ -115,7 +130,7 @@ class Problem:
         left[rows, ref] -= (weight * (1 + phi)).sum(1)
         left[rows, before.clamp(min=0)] += (weight * phi).sum(1)
         if self.correct:
-            later = end < size
+            later = (end < size) & self.together(end, ref)
             u = s - s_ref[:, None]
             moments = torch.stack([(weight * part).sum(1) for part in (u, u**2, phi)], 1)
             nodes = torch.stack([s[end.clamp(max=size - 1)], s_ref, s_before], 1)
@@ -143,20 +158,23 @@ class Problem:
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for before in range(-1, size - 1):
             ref = j[before + 1 :] if before >= 0 else j[:1]
-            s_before = s[before] if before >= 0 else s.new_tensor(torch.nan)
+            known = self.together(ref, ref.new_tensor(before)) & (before >= 0)
+            s_before = torch.where(known, s[before], torch.nan)[:, None]
             used = _until(weight[ref] * REUSES[self.reuse](s.expand(len(ref), -1), s[ref, None], s_before))
             repaid = torch.zeros(len(ref), size + 1, 3, dtype=torch.float64)
             if self.correct:
                 moments = torch.stack([first[ref], second[ref], used], -1)[:, :size]
                 nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
                 repaid[:, :size] = owed(moments.reshape(-1, 3), nodes.reshape(-1, 3)).reshape(moments.shape)
+                repaid[:, :size] *= self.together(ref[:, None], j)[..., None]
             parts = torch.stack([-repaid[..., 0], -total[ref] - used - repaid[..., 1], used - repaid[..., 2]], -1)
             with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>
             products = torch.stack([with_end[ref], with_ref[ref], with_before], -1)
             three = torch.stack(torch.broadcast_tensors(ends, ref[:, None], torch.tensor(max(before, 0))), -1)
             among = mean[three[..., :, None], three[..., None, :]]  # (ref, end, 3, 3)
             form = within[ref] + 2 * (parts * products).sum(-1) + torch.einsum("...i,...ij,...j", parts, among, parts)
-            real = torch.arange(size + 1) > ref[:, None]
+            end = torch.arange(size + 1)
+            real = (end > ref[:, None]) & self.together(end - 1, ref[:, None])
             cost[before, ref] = torch.where(real, form.clamp(min=0), torch.inf)
         return cost
 
@@ -172,7 +190,7 @@ def schedules(problem: Problem, most: int) -> list[Tensor]:
     best = torch.full((size, size + 1), torch.inf, dtype=torch.float64)  # by last evaluation and the end of its gap
     best[0] = cost[-1, 0]
     choices: list[Tensor] = []
-    found = []
+    found: list[Tensor] = []
     for n in range(1, most + 1):
         if n > 1:
             reached, choice = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.int64)
@@ -207,7 +225,8 @@ def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
     s, j = VARIABLES[problem.variable](problem.times), torch.arange(len(problem.times))
     which = torch.searchsorted(nodes, j, right=True) - 1
     ref, before = nodes[which], torch.where(which > 0, nodes[(which - 1).clamp(min=0)], -1)
-    phi = REUSES[problem.reuse](s, s[ref], torch.where(before >= 0, s[before], torch.nan))
+    known = (before >= 0) & problem.together(before, ref)
+    phi = REUSES[problem.reuse](s, s[ref], torch.where(known, s[before], torch.nan))
     error, apart = torch.zeros(2, len(j), len(j), dtype=torch.float64)
     error[j, j] += 1
     error[j, ref] -= 1 + phi
@@ -218,7 +237,7 @@ def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
         torch.stack([_form(weights, gram).sqrt() for gram in problem.gram]).median(0).values
         for weights in (error, apart)
     )
-    return change, torch.where(before >= 0, difference, torch.nan)
+    return change, torch.where(known, difference, torch.nan)
 
 
 def _form(weights: Tensor, gram: Tensor) -> Tensor:
@@ -240,18 +259,28 @@ def plan_for(
     correct: bool,
     nfe: int | None = None,
     rtol: float | None = None,
+    regime: Regime = one_network,
 ) -> Plan:
     """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest that meets `rtol`.
 
     Of the several outputs that Heun and its like ask for at one time, a plan evaluates the first and reuses it for the
     others; and the output at the grid's end, which only they ask for, it takes for the last one that was calibrated.
+    Where `regime` changes, another network takes over: its first time is evaluated, and nothing is carried across.
     The variable in which outputs are continued is the one in which the plan is expected to do better.
     """
     times, gain = influence(stepper, ts)
     if nfe is not None and nfe > len(times):
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
-    problems = [Problem(times, gain, profile.gram_at(times), reuse, name, correct) for name in ("t", logarithm)]
+    answers = regime(times)
+    part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
+    networks = int(part[-1]) + 1
+    if nfe is not None and nfe < networks:
+        raise ValueError(
+            f"`nfe` is {nfe}, and {networks} networks take turns on this grid, each evaluated once or more."
+        )
+    gram = profile.gram_at(times)
+    problems = [Problem(times, gain, gram, reuse, name, correct, part) for name in ("t", logarithm)]
     rehearsed, here = profile.facts.get("rehearsed"), sampler_name(stepper, ts)
     if rtol is not None and rehearsed != here:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
@@ -271,5 +300,5 @@ def plan_for(
 
     if rtol is None:
         return best([each[-1] for each in found])
-    cheaper = (best(list(nodes)) for nodes in zip(*found, strict=True))
+    cheaper = (best(list(nodes)) for nodes in list(zip(*found, strict=True))[networks - 1 :])
     return next((plan for plan in cheaper if plan.promised <= rtol), best(2 * [torch.arange(len(times))]))

@@ -2,15 +2,20 @@
 
 A payload is y_r + phi (y_r - y_2), of the last two evaluations at s_r and s_2 in the variable s(t) in which outputs are
 continued. phi = 0 holds; phi = (s - s_r) / (s_r - s_2) extrapolates linearly, which keeps a second-order solver at its
-order. Shapes: (B,) float64 on the host for everything about time.
+order. What is continued is the field's output, or what the blocks of a transformer add to its tokens, on which its
+head then runs anew. Shapes: (B,) float64 on the host for everything about time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sencache.memory import copy, spread
+from sencache.trees import replace, tensors
 
 REACH = 4.0  # how many times the span between two evaluations a line through them is continued
 
@@ -30,6 +35,18 @@ def linear(s: Tensor, s_ref: Tensor, s_before: Tensor) -> Tensor:
 
 
 REUSES: dict[str, Phi] = {"hold": hold, "linear": linear}
+
+
+def continued(last: Any, before: Any, phi: Tensor) -> Any:
+    """A copy of each sample's last evaluation, continued by phi (B,) of its difference from the one before."""
+    if not phi.any():
+        return copy(last)
+
+    def along(y: Tensor, y_before: Tensor) -> Tensor:
+        share = spread(phi, y)
+        return torch.where(share == 0, y, torch.lerp(y, y_before, -share))
+
+    return replace(last, [along(*pair) for pair in zip(tensors(last), tensors(before), strict=True)])
 
 
 def time_itself(t: Tensor) -> Tensor:

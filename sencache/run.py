@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sencache.correct import Ledger, Note, observed, offset
+from sencache.correct import Ledger, Note, beyond, observed, offset
 from sencache.criteria import Gains
-from sencache.memory import Branch, Branches, Key, Look, apart, batch_of, clock_of, take
+from sencache.memory import Branch, Branches, Key, Look, apart, batch_of, clock_of, merge, one_network, take
 from sencache.norms import Norm
 from sencache.report import Query, Report
-from sencache.reuse import Phi, Variable
+from sencache.reuse import Phi, Variable, continued
 from sencache.trees import tensors
 
 
@@ -50,11 +50,13 @@ class Rule:
     phi: Phi  # what a reuse returns
     variable: Variable  # s(t), in which outputs are continued
     norm: Norm
+    payload: str = "output"  # what is continued, or "blocks": what the block stack added, under a fresh head
     gains: Gains | None = None  # with them epsilon bounds what reuses since the last evaluation did to the sample
 
     def spent(self, change: Tensor, seen: Look) -> Tensor:
         """What a reuse now is measured by (B,), beside the tolerance: its change, or the sum of gain times change."""
         return change if self.gains is None else seen.spent + self.gains.at(seen) * change
+
 
     def epsilon(self, t: Tensor) -> Tensor:
         """The tolerance at times t (B,), (B,) float64."""
@@ -67,7 +69,7 @@ class Rule:
 class Run:
     """One trajectory under a rule: a velocity field with a memory."""
 
-    def __init__(self, field: Callable[..., Any], rule: Rule, key: Key | None):
+    def __init__(self, field: Any, rule: Rule, key: Key | None):
         self.field, self.rule, self.report = field, rule, Report()
         self.branches = Branches(key)
         self.ledger: Ledger | None = None  # for a correction: where each query enters what it did
@@ -78,37 +80,53 @@ class Run:
         if _recorded((x, args, kwargs)):
             return self._bypass(self.field(x, t, *args, **kwargs), x, t)
         rule, clock, branch = self.rule, clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
-        seen = branch.look(x, clock, rule.norm)  # ||d||, |tau|: the sums of dx and dt since the reference telescope
+        regime = getattr(self.field, "regime", one_network)
+        seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
         check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
 
         predicted, epsilon = rule.criterion.predicted(seen), rule.epsilon(seen.t)  # S, Eq. 9
         spent = rule.spent(predicted, seen)
         small = (spent <= epsilon) & spent.isfinite() & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
-        reused = small & (branch.reuses < rule.max_reuses) & ~seen.anew & ~seen.same  # Alg. 1: S <= eps and m < n
+        anew = seen.anew | seen.other  # nothing known is of any use
+        reused = small & (branch.reuses < rule.max_reuses) & ~anew & ~seen.same  # Alg. 1: S <= eps and m < n
         needed = computed = ~(reused | seen.same)
 
         s, s_ref, s_before = (rule.variable(at) for at in (seen.t, seen.t_ref, seen.t_before))
-        phi = rule.phi(s, s_ref, s_before.where(seen.difference.isfinite(), torch.nan)).masked_fill(needed, 0)
+        s_before = s_before.where(seen.difference.isfinite(), torch.nan)  # no line through what is not finite
+        phi = rule.phi(s, s_ref, s_before).masked_fill(needed, 0)
         earlier = branch.y, branch.y_before  # y_r, y_2
         nodes, owes = torch.stack([s, s_ref, s_before], 1), offset(s - s_ref, phi) * ~needed[:, None]
         if needed.any():
-            y, computed = _evaluate(self.field, needed, x, t, args, kwargs)  # Alg. 1: y = f(x, t)
+            (y, stack), computed = _evaluate(
+                self.field, rule.payload, needed, x, t, args, kwargs
+            )  # Alg. 1: y = f(x, t)
             if _recorded(y):
                 return self._bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
-            branch.keep(needed, x, clock, y, seen.anew, rule.norm)  # Alg. 1: the reference moves; m = 0
-            self._observe(branch, needed & ~seen.anew, nodes, seen.difference, earlier[1])
+            branch.keep(needed, x, clock, y, stack, anew, rule.norm)  # Alg. 1: the reference moves; m = 0
+            self._observe(branch, needed & ~anew, nodes, seen.difference, earlier[1])
         branch.stand(x, clock, seen.step, spent, reused)
 
         with torch.inference_mode(False):  # it is filled in later, whatever mode rules then
             unknown = torch.full(predicted.shape, torch.nan, dtype=torch.float64)
         query = Query(seen.t, predicted, reused, seen.same, computed, branch.number, unknown)
         self.report.add(query, seen.anew)
-        if reused.any():
+        if needed.all():
+            answer = y
+        elif rule.payload == "output":
+            answer = continued(branch.y, branch.y_before, phi)
             branch.open.append((query, reused, owes))
-        answer = y if needed.all() else branch.answer(phi)
+        else:
+            stack, fresh = continued(branch.stack, branch.stack_before, phi), branch.reuses == 0
+            answer = merge(fresh, take(fresh, branch.y), self.field.head(x, t, stack, *args, **kwargs))
         if self.ledger is None:
             return answer
-        note = Note(owes, needed, nodes, (branch.y, *earlier), seen.anew, seen.same, branch.number)
+        excess = None
+        if rule.payload == "blocks":  # y_r + phi (y_r - y_2) is not what was used
+            excess, owes = (
+                beyond(answer, earlier[0], needed),
+                offset(s - s_ref, torch.zeros_like(phi)) * ~needed[:, None],
+            )
+        note = Note(owes, excess, needed, nodes, (branch.y, *earlier), anew, seen.same, branch.number)
         return self.ledger.enter(answer, note, seen.t)
 
     def _observe(self, branch: Branch, rows: Tensor, nodes: Tensor, before: Tensor, y_2: Any) -> None:
@@ -140,7 +158,8 @@ class Run:
         none = torch.zeros_like(t, dtype=torch.bool)
         if self.ledger is not None:
             nodes = torch.full((len(t), 3), math.nan, dtype=torch.float64)
-            y = self.ledger.enter(y, Note(torch.zeros_like(nodes), none, nodes, (y, y, y), ~none, none, 0), t)
+            excess = beyond(y, None, ~none) if self.rule.payload == "blocks" else None
+            y = self.ledger.enter(y, Note(torch.zeros_like(nodes), excess, none, nodes, (y, y, y), ~none, none, 0), t)
         self.report.bypasses += 1
         unknown = torch.full_like(t, math.nan)
         self.report.add(Query(t, torch.full_like(t, math.inf), none, none, ~none, 0, unknown), none)
@@ -153,16 +172,29 @@ def _recorded(tree: Any) -> bool:
 
 
 def _evaluate(
-    field: Any, needed: Tensor, x: Any, t: Tensor | float, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Tensor]:
-    """The field's output for the samples `needed` (B,) bool, and which samples (B,) were computed for it."""
+    field: Any,
+    payload: str,
+    needed: Tensor,
+    x: Any,
+    t: Tensor | float,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, Any], Tensor]:
+    """Output and stack of the samples `needed` (B,) bool, and which samples (B,) were computed for it."""
+
+    def both(field: Any, x: Any, t: Tensor | float) -> tuple[Any, Any]:
+        if payload == "output":
+            return field(x, t, *args, **kwargs), None
+        stack = field.stack(x, t, *args, **kwargs)
+        return field.head(x, t, stack, *args, **kwargs), stack
+
     if needed.all():
-        return field(x, t, *args, **kwargs), needed
+        return both(field, x, t), needed
     if not hasattr(field, "select"):
-        return take(needed, field(x, t, *args, **kwargs)), torch.ones_like(needed)
+        return take(needed, both(field, x, t)), torch.ones_like(needed)
     own_times = isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(needed)
     few = field.select(needed.nonzero()[:, 0])
-    return few(take(needed, x), take(needed, t) if own_times else t, *args, **kwargs), needed
+    return both(few, take(needed, x), take(needed, t) if own_times else t), needed
 
 
 def check_direction(direction: int, step: Tensor) -> None:

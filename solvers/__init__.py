@@ -8,6 +8,7 @@ from solvers.ode import Euler, Heun, TorchDiffEq
 from solvers.paths import VP, Cosine, Linear, Path
 from solvers.sde import BrownianPath, EulerMaruyama, WhiteNoise
 from solvers.stepper import Step, Stepper, Weights
+from solvers.tabulated import Tabulated
 from solvers.unipc import UniPC
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Path",
     "Step",
     "Stepper",
+    "Tabulated",
     "TorchDiffEq",
     "UniPC",
     "VelocityField",

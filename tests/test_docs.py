@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/adapters.md"])
 def test_the_examples_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
@@ -20,7 +20,7 @@ def test_the_examples_run(page, tmp_path, monkeypatch, capsys):
     assert "evaluations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/theory.md", "docs/fields.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/theory.md", "docs/fields.md", "docs/adapters.md"])
 def test_every_file_that_is_named_is_there(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"`((?:sencache|solvers|benchmarks|tests|docs)/[\w./]*)`", text)

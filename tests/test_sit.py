@@ -129,7 +129,7 @@ ERRORS = {
     "classes that are floats": (lambda: SiTField(NET, Y.float()), r"`y` must be integer classes.*float32"),
     "classes of two dimensions": (lambda: SiTField(NET, Y[:, None]), r"`y` must be integer.*shape \(4, 1\)"),
     "no class": (lambda: SiTField(nn.Identity(), Y, guidance=2.0), r"no `num_classes`: give `null`"),
-    "another batch": (lambda: SiTField(NET, Y)(X[:2], 0.5), r"made for 4 classes y, and x holds 2 samples"),
+    "another batch": (lambda: SiTField(NET, Y)(X[:2], 0.5), r"conditioned for 4 samples, and x holds 2"),
     "data elsewhere": (lambda: SiTField(NET, Y, data_at=2), r"`data_at`.*0 or 1; got 2"),
 }
 
