@@ -67,7 +67,7 @@ class Run:
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The field's output at (x, t), of each sample evaluated or from memory."""
         if _recorded((x, args, kwargs)):
-            return self._bypass(self.field(x, t, *args, **kwargs), x, t)
+            return self.bypass(self.field(x, t, *args, **kwargs), x, t)
         rule, clock, branch = self.rule, clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         seen = branch.look(x, clock, rule.norm)  # ||d||, |tau|: the sums of dx and dt since the reference telescope
         check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
@@ -83,7 +83,7 @@ class Run:
         if needed.any():
             y, computed = _evaluate(self.field, needed, x, t, args, kwargs)  # Alg. 1: y = f(x, t)
             if _recorded(y):
-                return self._bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
+                return self.bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, seen.anew, rule.norm)  # Alg. 1: the reference moves; m = 0
         branch.stand(x, clock, seen.step, predicted, reused)
 
@@ -101,7 +101,7 @@ class Run:
         self.branches.clear()
         self.ledger = None
 
-    def _bypass(self, y: Any, x: Any, t: Tensor | float) -> Any:
+    def bypass(self, y: Any, x: Any, t: Tensor | float) -> Any:
         """Hand out y with its gradients and keep nothing: a reused output would make them silently wrong."""
         warnings.warn(
             "Gradients are being recorded, so every call is evaluated and nothing is reused. To sample, call under "

@@ -1,0 +1,199 @@
+"""What every plugin does: a sampler calls in its own way, a run of a `CachedField` answers.
+
+A plugin says for its host how a call becomes (x, t) of a field, on which grid, and by which step the sampler uses what
+it is answered: with that, plans are made for it, and corrections are folded in where a step uses one output. The model
+itself is always called with the very tensors that the sampler gave.
+
+Shapes: x (B, ...) or a tree of them; ts (K + 1,); clocks (B,) float64 on the host.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sencache.cache import CachedField
+from sencache.correct import uses_one_output
+from sencache.memory import batch_of, clock_of
+from sencache.norms import difference, rms
+from sencache.plan import influence
+from sencache.profile import SensitivityProfile
+from sencache.report import Report
+from sencache.run import Run
+from sencache.trees import tensors
+from solvers import Euler, Stepper
+from solvers.loop import check_grid
+
+Method = str | Stepper | None
+
+
+class Calls:
+    """The calls of one trajectory, checked against the method that was named, and answered."""
+
+    def __init__(self, model: Any, ts: Tensor, stepper: Stepper, exact: bool, strict: bool):
+        self.fingerprint, self.report = getattr(model, "fingerprint", None), Report()
+        self.ts, self.stepper, self.exact = ts.double().cpu(), stepper, exact
+        times = torch.cat([influence(stepper, ts)[0], self.ts[-1:]]) if strict else self.ts
+        self.times, self.strict = times.unique(), strict
+        self.learns = torch.is_grad_enabled() and any(part.requires_grad for part in _parameters(model))
+        self.evaluate: Callable[[], Any]
+        self.run: Run | None = None
+        self.expected: tuple[float, Tensor, Tensor] | None = None  # t of the next step, x there, the size of the step
+
+    def __call__(self, x: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The field that the run caches: it evaluates what the host asks for."""
+        return self.evaluate()
+
+    def ask(self, x: Any, t: Tensor | float, evaluate: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """The answer to a query at (x, t), from `evaluate()` or from memory; further arguments are conditioning."""
+        if self.run is None:
+            raise RuntimeError("The `with` scope of this wrapper has ended; open a new one for every trajectory.")
+        clock, self.evaluate = self._on_grid(t, batch_of(x)), evaluate
+        self.learns = self.learns or (torch.is_grad_enabled() and any(part.requires_grad for part in tensors(x)))
+        if self.learns:
+            return self.run.bypass(evaluate(), x, clock)
+        self._check_step(x, clock)
+        y = self.run(x, clock, *args, **kwargs)
+        self._expect(x, clock, y)
+        return y
+
+    def close(self) -> None:
+        self.run = self.expected = None
+
+    def _on_grid(self, t: Tensor | float, batch: int) -> Tensor:
+        """t as (B,) float64, without the rounding of the sampler's own precision."""
+        clock = clock_of(t, batch)[:, 0].contiguous()
+        rounding = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 1e-12
+        slack = max(1e-3 * float(self.times.diff().min()), rounding * float(self.times.abs().max()))
+        off, nearest = (clock[:, None] - self.times).abs().min(1)
+        if self.strict and (off > slack).any():
+            raise ValueError(
+                f"The sampler asks at t = {clock[off.argmax()]:g}, where {self.stepper} on the grid that was given does "
+                "not. If it chooses its own steps, comparing outputs, reused ones would fool it: take a fixed-step "
+                "method. Else name its method and grid, or give `method=None`: any fixed steps, without corrections."
+            )
+        return torch.where(off <= slack, self.times[nearest], clock)
+
+    def _expect(self, x: Any, clock: Tensor, y: Any) -> None:
+        """Where a step of the named method leads with this answer."""
+        self.expected = None
+        k = int((self.ts[:-1] - clock[0]).abs().argmin())
+        if self.run is None or not self.exact or self.run.ledger is None or (clock != self.ts[k]).any():
+            return
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and len(self.run.branches.known) == 1:
+            state, field = (float(weight) for weight in self.stepper.weights(self.ts[k], self.ts[k + 1]))
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            led = state * wide + field * y
+            self.expected = float(self.ts[k + 1]), led, rms(led - wide)
+
+    def _check_step(self, x: Any, clock: Tensor) -> None:
+        """Stop correcting where the sampler does not step as it was said to: what is owed would not be known."""
+        if self.run is None or self.expected is None or (clock != self.expected[0]).any():
+            return
+        _, led, moved = self.expected
+        if led.shape == x.shape and led.device == x.device:
+            slack = 1e-3 * moved + 8 * torch.finfo(x.dtype).eps * rms(x)
+            if (rms(difference(x, led)) > slack).any():
+                self.run.ledger = None
+                warnings.warn(
+                    f"The sampler does not step as {self.stepper} would: nothing is corrected from here on. Name its "
+                    "method, or `method=None` if it is none of those known.",
+                    stacklevel=5,
+                )
+
+
+class Hosted:
+    """A callable in the host's shape; `report` tells how its trajectory went."""
+
+    def __init__(self, calls: Calls, call: Callable[..., Any]):
+        self._calls, self._call = calls, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    @property
+    def report(self) -> Report:
+        return self._calls.report
+
+
+class HostedModule(nn.Module):
+    """The same for a host that wants a module: the model's parameters are its own."""
+
+    def __init__(self, model: nn.Module, calls: Calls, call: Callable[..., Any]):
+        super().__init__()
+        self.model, self._calls, self._call = model, calls, call
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    @property
+    def report(self) -> Report:
+        return self._calls.report
+
+
+def hosted(model: Any, calls: Calls, call: Callable[..., Any]) -> Hosted | HostedModule:
+    """`call` in the model's place."""
+    return HostedModule(model, calls, call) if isinstance(model, nn.Module) else Hosted(calls, call)
+
+
+@contextmanager
+def calling(
+    model: Any,
+    profile: SensitivityProfile | None,
+    ts: Tensor,
+    method: Method,
+    known: Mapping[str, Stepper],
+    adaptive: Mapping[str, str] | tuple[str, ...] = (),
+    *,
+    noisy: bool = False,
+    force: bool = False,
+    **options: Any,
+) -> Iterator[Calls]:
+    """One trajectory over ts (K + 1,) by a host's `method`, whose memory is dropped at the end, come what may.
+
+    method: a name among `known`, a stepper that makes the same steps, or None for any other of fixed steps. `adaptive`
+        names are refused unless `force` is given, and with it nothing is checked. noisy: the steps add noise of their
+        own, so that where they lead cannot be checked. Further options are `CachedField`'s.
+    """
+    ts = check_grid(ts)
+    if isinstance(method, str) and method in adaptive and not force:
+        raise ValueError(
+            f"{method} chooses its steps by comparing outputs, or solves for them: reused outputs fool it into more "
+            f"evaluations and wrong results. Take one of {', '.join(known)}, or run the bare model. "
+            "`force=True` runs it all the same."
+        )
+    if isinstance(method, str) and method not in known and method not in adaptive:
+        raise ValueError(f"`method` must be one of {', '.join(known)}, a stepper, or None; got {method!r}.")
+    named = known.get(method) if isinstance(method, str) else method
+    stepper = named or Euler()
+    if named is None or not uses_one_output(stepper, ts):
+        options.setdefault("correct", False)
+    noisy = noisy or hasattr(stepper, "noise")
+    calls = Calls(model, ts, stepper, exact=not noisy and not force, strict=named is not None and not force)
+    cached = CachedField(calls, profile, **options)
+    with cached.run(ts, stepper) as calls.run:
+        calls.report = cached.report
+        try:
+            yield calls
+        finally:
+            calls.close()
+
+
+def mirrored(profile: SensitivityProfile | None, ts: Tensor) -> SensitivityProfile | None:
+    """The profile in the time that runs the other way, 1 - t, if it was measured toward data at 0 and ts rises."""
+    if profile is None or profile.direction >= 0 or ts[-1] < ts[0]:
+        return profile
+    end = None if profile.end is None else 1 - profile.end
+    return replace(profile, t=1 - profile.t, end=end)
+
+
+def _parameters(model: Any) -> list[Tensor]:
+    owner = getattr(model, "__self__", model)  # of a bound method, its module
+    return list(owner.parameters()) if isinstance(owner, nn.Module) else []

@@ -1,0 +1,106 @@
+"""k-diffusion (Karras et al. 2022): samplers that call `model(x, sigma (B,), **extra)` for the denoised x.
+
+    with kdiffusion.wrap(denoiser, profile, sigmas, nfe=20) as model:
+        sample_euler(model, x, sigmas)
+
+What is cached is the velocity on the linear path, at x / (1 + sigma) and t = sigma / (1 + sigma).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sencache.memory import spread
+from sencache.plugins.gaussian import Carrier, Translated, time_of
+from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.profile import SensitivityProfile
+from solvers import DPMSolverPP, Euler, Heun, Linear, Stepper, VelocityField, Weights
+
+
+@dataclass(frozen=True)
+class EulerAncestral:
+    """`sample_euler_ancestral` without its noise: Euler from sigma down to sigma_down, whose x stands at the next sigma.
+
+    eta: the share of the ancestral noise; 0 is Euler.
+    """
+
+    eta: float = 1.0
+    order = 1
+    adaptive = False
+    noise = None
+
+    @property
+    def linear(self) -> EulerAncestral:
+        return self
+
+    def weights(self, t: Tensor, t_next: Tensor) -> Weights:
+        sigma, sigma_next = t / (1 - t), t_next / (1 - t_next)
+        up = self.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).clamp(min=0).sqrt()
+        down = (sigma_next**2 - up.minimum(sigma_next) ** 2).sqrt()
+        return Weights((1 + down) / (1 + sigma_next), (down - sigma) / ((1 + sigma) * (1 + sigma_next)))
+
+    def advance(self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: None) -> tuple[Tensor, None]:
+        state, velocity = self.weights(t, t_next)
+        return (state - 1) * x + velocity * field(x, t), None
+
+
+METHODS: dict[str, Stepper] = {
+    "euler": Euler(),
+    "euler_ancestral": EulerAncestral(),
+    "heun": Heun(),
+    "dpmpp_2m": DPMSolverPP(Linear()),
+}
+ADAPTIVE = ("dpm_adaptive", "log_likelihood")
+
+
+@contextmanager
+def wrap(
+    model: Callable[..., Tensor],
+    profile: SensitivityProfile | None,
+    sigmas: Tensor,
+    *,
+    method: Method = "euler",
+    force: bool = False,
+    **options: Any,
+) -> Iterator[Hosted | HostedModule]:
+    """The denoiser for one trajectory over sigmas (K + 1,), falling, the last one 0 or not.
+
+    method: which sampler will call: "euler", "euler_ancestral", "heun", "dpmpp_2m", a stepper on the linear path, or None
+        for any other, or with churn. Options are `CachedField`'s.
+    """
+    with calling(model, profile, times(sigmas), method, METHODS, ADAPTIVE, force=force, **options) as calls:
+        translated = Translated(calls)
+
+        def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+            return translated.ask(Carrier(x, 1.0, sigma, "data"), lambda: model(x, sigma, **extra), **extra)
+
+        try:
+            yield hosted(model, calls, denoised)
+        finally:
+            translated.close()
+
+
+def times(sigmas: Tensor) -> Tensor:
+    """The grid (K + 1,) on the linear path, float64, that the sampler walks on sigmas (K + 1,)."""
+    return time_of(1.0, sigmas)
+
+
+def field(model: Callable[..., Tensor], **extra: Any) -> VelocityField:
+    """The velocity on the linear path that `calibrate` measures: ``calibrate(field(model), x / (1 + sigmas[0]), ...)``.
+
+    `extra` are the sampler's `extra_args`.
+    """
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        at = torch.as_tensor(t, dtype=torch.float64).to(x.device if x.device.type != "mps" else "cpu")
+        sigma = (at / (1 - at)).expand(len(x)).to(x)
+        wide = x / spread(1 - at.expand(len(x)), x)
+        return (x - model(wide, sigma, **extra)) / spread(at.expand(len(x)), x)
+
+    return velocity
