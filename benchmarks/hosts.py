@@ -9,20 +9,9 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torchdiffeq
-from torch import Tensor
-
-from benchmarks.metrics import psnr
-from benchmarks.shipped import noise, sit_field, sit_profile
-from sencache import CachedField
-from sencache.plugins import kdiffusion, sit
-from sencache.plugins import torchdiffeq as torchdiffeq_plugin
-from sencache.plugins import torchsde as torchsde_plugin
 from solvers import grids
 
 GRID = grids.uniform(50, start=0.999)

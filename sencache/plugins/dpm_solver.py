@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sencache.memory import spread
-from sencache.plugins.gaussian import Carrier, Translated, same_contents, time_of
+from sencache.plugins.gaussian import Carrier, Translated, inside, same_contents, time_of
 from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import DPMSolverPP, Euler, Linear, Stepper, VelocityField
@@ -55,9 +54,7 @@ def wrap(
         `model_wrapper` has for it; a `model_fn` that it made predicts noise. Further options are `CachedField`'s.
     """
     options.setdefault("key", same_contents)
-    with calling(
-        model, profile, times(ts, schedule), method, METHODS, ADAPTIVE, force=force, **options
-    ) as calls:
+    with calling(model, profile, times(ts, schedule), method, METHODS, ADAPTIVE, force=force, **options) as calls:
         translated = Translated(calls)
 
         def predicted(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,7 +81,7 @@ def field(model_fn: Callable[..., Tensor], schedule: Any, *args: Any) -> Velocit
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        at = torch.as_tensor(t, dtype=torch.float64).reshape(1)
+        at = inside(t)
         inner = schedule.inverse_lambda(((1 - at) / at).log().to(x)).expand(len(x))
         alpha, sigma = schedule.marginal_alpha(inner), schedule.marginal_std(inner)
         wide = x * spread(alpha + sigma, x)

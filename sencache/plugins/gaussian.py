@@ -19,7 +19,7 @@ from sencache.memory import spread
 from sencache.plugins.host import Calls
 from sencache.trees import leaves
 
-PREDICTIONS = ("data", "noise", "score", "v")
+PREDICTIONS = ("data", "noise", "score", "v", "velocity")
 
 
 def time_of(alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
@@ -28,11 +28,16 @@ def time_of(alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     return torch.where(sigma.isinf(), 1.0, sigma / (alpha + sigma))
 
 
+def inside(t: Tensor | float) -> Tensor:
+    """t, (1,) float64, kept 1e-3 off pure data and pure noise, where a velocity is a difference over nothing."""
+    return torch.as_tensor(t, dtype=torch.float64).detach().cpu().reshape(1).clamp(1e-3, 1 - 1e-3)
+
+
 class Carrier:
     """Between what a host's model says of (x, alpha, sigma) and the velocity on the linear path, in float32 or better.
 
     prediction: what the model says: "data", "noise", "score" (of the host's own state), or "v" = alpha noise - sigma
-        data of a host with alpha^2 + sigma^2 = 1.
+        data of a host with alpha^2 + sigma^2 = 1, or "velocity" = noise - data itself.
     """
 
     def __init__(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction: str):
@@ -49,6 +54,8 @@ class Carrier:
     def velocity(self, y: Tensor) -> Tensor:
         """noise - data of the model's output y."""
         y = y.to(self.x.dtype)
+        if self.prediction == "velocity":
+            return y
         if self.prediction == "v":
             return self.whole * (y + (self.sigma - self.alpha) * self.x)
         if self.prediction == "data":
@@ -58,6 +65,8 @@ class Carrier:
 
     def output(self, velocity: Tensor) -> Tensor:
         """What the model would have said where the velocity is this; the inverse of `velocity`, up to rounding."""
+        if self.prediction == "velocity":
+            return velocity
         data, noise = self.x - self.of_noise * velocity, self.x + self.of_data * velocity
         if self.prediction == "v":
             return self.alpha * noise - self.sigma * data
@@ -82,10 +91,7 @@ class Translated:
             return self.fresh[1]
 
         v = self.calls.ask(carrier.x, carrier.t, evaluate, *args, **kwargs)
-        if self.fresh and v is self.fresh[1]:
-            y = self.fresh[0]
-        else:
-            y = self._translated(v, carrier)
+        y = self.fresh[0] if self.fresh and v is self.fresh[1] else self._translated(v, carrier)
         self.fresh = None
         self._remember(y)
         return y

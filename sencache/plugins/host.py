@@ -74,8 +74,8 @@ class Calls:
         off, nearest = (clock[:, None] - self.times).abs().min(1)
         if self.strict and (off > slack).any():
             raise ValueError(
-                f"The sampler asks at t = {clock[off.argmax()]:g}, where {self.stepper} on the grid that was given does "
-                "not. If it chooses its own steps, comparing outputs, reused ones would fool it: take a fixed-step "
+                f"The sampler asks at t = {clock[off.argmax()]:g}, where {self.stepper} on the given grid does not. "
+                "If it chooses its own steps, comparing outputs, reused ones would fool it: take a fixed-step "
                 "method. Else name its method and grid, or give `method=None`: any fixed steps, without corrections."
             )
         return torch.where(off <= slack, self.times[nearest], clock)

@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sencache.memory import spread
-from sencache.plugins.gaussian import Carrier, Translated, time_of
+from sencache.plugins.gaussian import Carrier, Translated, inside, time_of
 from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import DPMSolverPP, Euler, Heun, Linear, Stepper, VelocityField, Weights
@@ -25,7 +23,7 @@ from solvers import DPMSolverPP, Euler, Heun, Linear, Stepper, VelocityField, We
 
 @dataclass(frozen=True)
 class EulerAncestral:
-    """`sample_euler_ancestral` without its noise: Euler from sigma down to sigma_down, whose x stands at the next sigma.
+    """`sample_euler_ancestral` without its noise: Euler down to sigma_down, whose x is taken to the next sigma.
 
     eta: the share of the ancestral noise; 0 is Euler.
     """
@@ -71,8 +69,8 @@ def wrap(
 ) -> Iterator[Hosted | HostedModule]:
     """The denoiser for one trajectory over sigmas (K + 1,), falling, the last one 0 or not.
 
-    method: which sampler will call: "euler", "euler_ancestral", "heun", "dpmpp_2m", a stepper on the linear path, or None
-        for any other, or with churn. Options are `CachedField`'s.
+    method: which sampler will call: "euler" and "euler_ancestral", whose steps are corrected, "heun", "dpmpp_2m", a
+        stepper on the linear path, or None for any other, and for churn. Options are `CachedField`'s.
     """
     with calling(model, profile, times(sigmas), method, METHODS, ADAPTIVE, force=force, **options) as calls:
         translated = Translated(calls)
@@ -98,9 +96,9 @@ def field(model: Callable[..., Tensor], **extra: Any) -> VelocityField:
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        at = torch.as_tensor(t, dtype=torch.float64).to(x.device if x.device.type != "mps" else "cpu")
-        sigma = (at / (1 - at)).expand(len(x)).to(x)
-        wide = x / spread(1 - at.expand(len(x)), x)
-        return (x - model(wide, sigma, **extra)) / spread(at.expand(len(x)), x)
+        at = inside(t)
+        sigma = (at / (1 - at)).to(x).expand(len(x))
+        wide = x / (1 - at).to(x)
+        return Carrier(wide, 1.0, sigma, "data").velocity(model(wide, sigma, **extra)).to(x)
 
     return velocity

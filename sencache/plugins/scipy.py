@@ -28,7 +28,7 @@ from solvers.loop import check_grid
 
 @dataclass(frozen=True)
 class RungeKutta:
-    """A step of SciPy's explicit Runge-Kutta methods, with the evaluation at its end that the error estimate asks for."""
+    """A step of SciPy's explicit Runge-Kutta methods, with the evaluation at its end that its error estimate takes."""
 
     method: str
     adaptive = False
