@@ -109,14 +109,12 @@ def func(t, y):
 
 def torchdiffeq_hosts():
     profile = calibrate(torchdiffeq_plugin.field(func), X_CALIBRATION, TS, progress=False)
-    for name, queries in {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4, "explicit_adams": 1}.items():
+    for name, queries in {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}.items():
         yield Host(
             f"torchdiffeq {name}",
             func,
             lambda model, name=name: torchdiffeq.odeint(model, X, TS, method=name)[-1],
-            lambda model, profile, m=None if name == "explicit_adams" else name, **options: torchdiffeq_plugin.wrap(
-                model, profile, TS, method=m, **options
-            ),
+            lambda model, profile, m=name, **options: torchdiffeq_plugin.wrap(model, profile, TS, method=m, **options),
             profile,
             name == "euler",
             queries=queries * STEPS,
@@ -148,7 +146,8 @@ def torchsde_hosts():
     for name in ("euler", "srk"):
 
         def sample(sde, name=name):
-            brownian = torchsde.BrownianInterval(0.0, 1.0, size=start.shape, dtype=start.dtype, entropy=3)
+            levy = dict(levy_area_approximation="space-time") if name == "srk" else {}
+            brownian = torchsde.BrownianInterval(0.0, 1.0, start.shape, start.dtype, entropy=3, **levy)
             ends = TS_UP[[0, -1]]
             return torchsde.sdeint(sde, start, ends, bm=brownian, dt=0.04, method=name)[-1].reshape(SHAPE)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sencache.memory import spread
 from sencache.plugins.gaussian import Carrier, Translated, inside, same_contents, time_of
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import DPMSolverPP, Euler, Linear, Stepper, VelocityField
 
@@ -28,7 +28,7 @@ METHODS: dict[str, Stepper] = {
     "multistep 2": DPMSolverPP(Linear()),
     "multistep 3": DPMSolverPP(Linear()),
 }
-ADAPTIVE = ("adaptive",)
+REFUSED = {"adaptive": ADAPTIVE}
 PREDICTIONS = {"noise": "noise", "x_start": "data", "v": "v", "score": "score"}  # the authors' names
 
 
@@ -54,7 +54,7 @@ def wrap(
         `model_wrapper` has for it; a `model_fn` that it made predicts noise. Further options are `CachedField`'s.
     """
     options.setdefault("key", same_contents)
-    with calling(model, profile, times(ts, schedule), method, METHODS, ADAPTIVE, force=force, **options) as calls:
+    with calling(model, profile, times(ts, schedule), method, METHODS, REFUSED, force=force, **options) as calls:
         translated = Translated(calls)
 
         def predicted(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:

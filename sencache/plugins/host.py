@@ -32,6 +32,9 @@ from solvers.loop import check_grid
 
 Method = str | Stepper | None
 
+ADAPTIVE = "chooses its steps by comparing outputs, and reused ones fool it into more evaluations and wrong results"
+IMPLICIT = "solves for each step with the outputs, and reused ones fool it into wrong results"
+
 
 class Calls:
     """The calls of one trajectory, checked against the method that was named, and answered."""
@@ -150,7 +153,7 @@ def calling(
     ts: Tensor,
     method: Method,
     known: Mapping[str, Stepper],
-    adaptive: Mapping[str, str] | tuple[str, ...] = (),
+    refused: Mapping[str, str] | None = None,
     *,
     noisy: bool = False,
     force: bool = False,
@@ -158,18 +161,17 @@ def calling(
 ) -> Iterator[Calls]:
     """One trajectory over ts (K + 1,) by a host's `method`, whose memory is dropped at the end, come what may.
 
-    method: a name among `known`, a stepper that makes the same steps, or None for any other of fixed steps. `adaptive`
-        names are refused unless `force` is given, and with it nothing is checked. noisy: the steps add noise of their
-        own, so that where they lead cannot be checked. Further options are `CachedField`'s.
+    method: a name among `known`, a stepper that makes the same steps, or None for any other of fixed steps. Those of
+        `refused` raise their reason unless `force` is given, and with it nothing is checked. noisy: the steps add noise
+        of their own, so that where they lead cannot be checked. Further options are `CachedField`'s.
     """
-    ts = check_grid(ts)
-    if isinstance(method, str) and method in adaptive and not force:
+    ts, refused = check_grid(ts), refused or {}
+    if isinstance(method, str) and method in refused and not force:
         raise ValueError(
-            f"{method} chooses its steps by comparing outputs, or solves for them: reused outputs fool it into more "
-            f"evaluations and wrong results. Take one of {', '.join(known)}, or run the bare model. "
-            "`force=True` runs it all the same."
+            f"{method} {refused[method]}. Take another method, such as {', '.join(known) or None}, or run the bare "
+            "model. `force=True` runs it all the same."
         )
-    if isinstance(method, str) and method not in known and method not in adaptive:
+    if isinstance(method, str) and method not in {*known, *refused}:
         raise ValueError(f"`method` must be one of {', '.join(known)}, a stepper, or None; got {method!r}.")
     named = known.get(method) if isinstance(method, str) else method
     stepper = named or Euler()

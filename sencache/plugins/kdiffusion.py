@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sencache.plugins.gaussian import Carrier, Translated, inside, time_of
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import DPMSolverPP, Euler, Heun, Linear, Stepper, VelocityField, Weights
 
@@ -54,7 +54,7 @@ METHODS: dict[str, Stepper] = {
     "heun": Heun(),
     "dpmpp_2m": DPMSolverPP(Linear()),
 }
-ADAPTIVE = ("dpm_adaptive", "log_likelihood")
+REFUSED = dict.fromkeys(("dpm_adaptive", "log_likelihood"), ADAPTIVE)
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def wrap(
     method: which sampler will call: "euler" and "euler_ancestral", whose steps are corrected, "heun", "dpmpp_2m", a
         stepper on the linear path, or None for any other, and for churn. Options are `CachedField`'s.
     """
-    with calling(model, profile, times(sigmas), method, METHODS, ADAPTIVE, force=force, **options) as calls:
+    with calling(model, profile, times(sigmas), method, METHODS, REFUSED, force=force, **options) as calls:
         translated = Translated(calls)
 
         def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:

@@ -20,7 +20,7 @@ import scipy.integrate
 import torch
 from torch import Tensor
 
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import IMPLICIT, Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Stepper, VelocityField, Weights
 from solvers.loop import check_grid
@@ -52,7 +52,7 @@ class RungeKutta:
 
 
 METHODS: dict[str, Stepper] = {name: RungeKutta(name) for name in ("RK23", "RK45", "DOP853")}
-IMPLICIT = ("Radau", "BDF", "LSODA")
+REFUSED = dict.fromkeys(("Radau", "BDF", "LSODA"), IMPLICIT)
 
 
 @contextmanager
@@ -69,8 +69,13 @@ def wrap(
 
     method: "RK23", "RK45" or "DOP853". The implicit ones, and steps chosen by the error estimate, are refused unless
         `force` is given. Options are `CachedField`'s; y is one sample (1, d).
+
+    The stages of RK45 and DOP853 stand at nearly the same times, off the trajectory in different ways: a line through
+    two of them leads astray, so that there `reuse` is "hold" by default.
     """
-    with calling(fun, profile, torch.as_tensor(ts), method, METHODS, IMPLICIT, force=force, **options) as calls:
+    if method in ("RK45", "DOP853"):
+        options.setdefault("reuse", "hold")
+    with calling(fun, profile, torch.as_tensor(ts), method, METHODS, REFUSED, force=force, **options) as calls:
 
         def cached(t: float, y: np.ndarray, *args: Any) -> np.ndarray:
             x = torch.tensor(y)[None]  # a copy: solve_ivp writes into its own

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sencache.plugins.gaussian import Carrier, Translated, time_of
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Stepper
 
 METHODS: dict[str, Stepper] = {}
-ADAPTIVE = ("ode",)
+REFUSED = {"ode": ADAPTIVE}
 LABELS = ("continuous", "discrete", "time")
 
 
@@ -62,7 +62,7 @@ def wrap(
         return marginal(sde, sde.T - t if variance_exploding else t)
 
     grid = torch.cat([times(ts, sde), torch.zeros(1, dtype=torch.float64)])  # a step from the last time to the data
-    with calling(model, profile, grid, method, METHODS, ADAPTIVE, force=force, **options) as calls:
+    with calling(model, profile, grid, method, METHODS, REFUSED, force=force, **options) as calls:
         translated = Translated(calls)
 
         def said(x: Tensor, label: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,21 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, IMPLICIT, Hosted, HostedModule, Method, calling, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper, TorchDiffEq, VelocityField
 
 METHODS: dict[str, Stepper] = {"euler": Euler()} | {name: TorchDiffEq(name) for name in ("midpoint", "heun3", "rk4")}
-ADAPTIVE = (
-    "dopri8",
-    "dopri5",
-    "bosh3",
-    "fehlberg2",
-    "adaptive_heun",
-    "scipy_solver",
-    "implicit_adams",
-    "fixed_adams",
-)
+REFUSED = dict.fromkeys(("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"), ADAPTIVE)
+REFUSED |= dict.fromkeys(("implicit_adams", "fixed_adams"), IMPLICIT)
+REFUSED["explicit_adams"] = "weighs its last outputs with large alternating weights, which amplify any error of a reuse"
 
 
 @contextmanager
@@ -45,10 +38,9 @@ def wrap(
     """func for one trajectory over ts (K + 1,), the times at which the solver steps.
 
     method: the one that `odeint` is told: "euler", whose steps are corrected, "midpoint", "heun3", "rk4"; None for any
-        other of fixed steps, such as "explicit_adams". Adaptive and implicit ones are refused. Options are
-        `CachedField`'s.
+        other of fixed steps. Adaptive, implicit and Adams ones are refused. Options are `CachedField`'s.
     """
-    with calling(func, profile, ts, method, METHODS, ADAPTIVE, force=force, **options) as calls:
+    with calling(func, profile, ts, method, METHODS, REFUSED, force=force, **options) as calls:
         yield hosted(func, calls, lambda t, y: calls.ask(y, t, lambda: func(t, y)))
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sencache.plugins.gaussian import Carrier, Translated, time_of
-from sencache.plugins.host import calling
+from sencache.plugins.host import ADAPTIVE, calling
 from sencache.plugins.kdiffusion import METHODS
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 
 KEY = "sencache"
-ADAPTIVE = ("dpm_adaptive_function",)
+REFUSED = {"dpm_adaptive_function": ADAPTIVE}
 FOLLOWED = {"sample_euler": "euler", "sample_heun": "heun", "sample_dpmpp_2m": "dpmpp_2m"}
 PREDICTIONS = {  # by the classes that scale a model's input and read its output
     ("CONST", "CONST"): "velocity",
@@ -82,12 +82,12 @@ class Cache:
         prediction = predicts(sampling)
         alpha, sigma = shares(sigmas.detach().double().cpu(), prediction)
         method = getattr(getattr(sampler, "sampler_function", None), "__name__", None)
-        if method not in ADAPTIVE:
+        if method not in REFUSED:
             churned = getattr(sampler, "extra_options", {}).get("s_churn")
             method = None if churned else FOLLOWED.get(str(method))
         options: dict[str, Any] = dict(key=lambda args, kwargs: args)
         options |= dict(nfe=min(self.nfe, len(sigmas) - 1)) if self.nfe else dict(tolerance=self.tolerance)
-        with calling(None, self.profile, time_of(alpha, sigma), method, METHODS, ADAPTIVE, **options) as calls:
+        with calling(None, self.profile, time_of(alpha, sigma), method, METHODS, REFUSED, **options) as calls:
             self.report = calls.report
             self.scopes.append((Translated(calls), prediction, noise.shape[1]))
             try:
