@@ -143,12 +143,12 @@ def by_torchsde(field: SiTField, x: Tensor, ts: Tensor, options: Options) -> tup
     import torchsde
 
     counted, up = Counted(field), (1 - ts).to(x)
+    profile = None
     if options is not None:
-        own = noise(8, "calibration").flatten(1)
-        drift = for_torchsde.field(FlowSDE(sit_field(8)))
-        options = dict(options, profile=calibrate(drift, own, up, secants=False, progress=False))
+        drift, own = for_torchsde.field(FlowSDE(sit_field(8))), noise(8, "calibration").flatten(1)
+        profile = calibrate(drift, own, up, secants=False, progress=False)
     brownian = torchsde.BrownianInterval(0.0, 1.0, (len(x), 1024), entropy=0)
-    with maybe(for_torchsde.wrap, FlowSDE(counted), up, options) as sde:
+    with maybe(for_torchsde.wrap, FlowSDE(counted), up, options, profile=profile) as sde:
         step = float(up[1] - up[0])
         end = torchsde.sdeint(sde, x.flatten(1), up[[0, -1]], bm=brownian, dt=step, method="euler")[-1]
     return end.reshape(x.shape), counted.calls
