@@ -53,8 +53,10 @@ def wrap(
     labels: t are the network's labels of a discrete schedule. model_type: what the model predicts, by the name that
         `model_wrapper` has for it; a `model_fn` that it made predicts noise. Further options are `CachedField`'s.
     """
-    options.setdefault("key", same_contents)
-    with calling(model, profile, times(ts, schedule), method, METHODS, REFUSED, force=force, **options) as calls:
+    options.setdefault("key", same_contents)  # guidance, outside of the network, mixes its answers: not checked
+    with calling(
+        model, profile, times(ts, schedule), method, METHODS, REFUSED, unchecked=labels, force=force, **options
+    ) as calls:
         translated = Translated(calls)
 
         def predicted(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:

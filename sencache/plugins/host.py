@@ -44,10 +44,12 @@ class Calls:
         self.ts, self.stepper, self.exact = ts.double().cpu(), stepper, exact
         times = torch.cat([influence(stepper, ts)[0], self.ts[-1:]]) if strict else self.ts
         self.times, self.strict = times.unique(), strict
-        self.learns = torch.is_grad_enabled() and any(part.requires_grad for part in _parameters(model))
+        self.recording = torch.is_grad_enabled()  # an adjoint method calls the model without, and back with gradients
+        self.learns = self.recording and any(part.requires_grad for part in _parameters(model))
         self.evaluate: Callable[[], Any]
         self.run: Run | None = None
         self.expected: tuple[float, Tensor, Tensor] | None = None  # t of the next step, x there, the size of the step
+        self.last: tuple[float, int] | None = None  # t and conditioning of the last query
 
     def __call__(self, x: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The field that the run caches: it evaluates what the host asks for."""
@@ -58,11 +60,12 @@ class Calls:
         if self.run is None:
             raise RuntimeError("The `with` scope of this wrapper has ended; open a new one for every trajectory.")
         clock, self.evaluate = self._on_grid(t, batch_of(x)), evaluate
-        self.learns = self.learns or (torch.is_grad_enabled() and any(part.requires_grad for part in tensors(x)))
+        self.learns = self.learns or (self.recording and any(part.requires_grad for part in tensors(x)))
         if self.learns:
             return self.run.bypass(evaluate(), x, clock)
         self._check_step(x, clock)
         y = self.run(x, clock, *args, **kwargs)
+        self._check_count(clock)
         self._expect(x, clock, y)
         return y
 
@@ -96,19 +99,32 @@ class Calls:
             self.expected = float(self.ts[k + 1]), led, rms(led - wide)
 
     def _check_step(self, x: Any, clock: Tensor) -> None:
-        """Stop correcting where the sampler does not step as it was said to: what is owed would not be known."""
+        """A step leads where the named method leads."""
         if self.run is None or self.expected is None or (clock != self.expected[0]).any():
             return
         _, led, moved = self.expected
         if led.shape == x.shape and led.device == x.device:
             slack = 1e-3 * moved + 8 * torch.finfo(x.dtype).eps * rms(x)
             if (rms(difference(x, led)) > slack).any():
-                self.run.ledger = None
-                warnings.warn(
-                    f"The sampler does not step as {self.stepper} would: nothing is corrected from here on. Name its "
-                    "method, or `method=None` if it is none of those known.",
-                    stacklevel=5,
-                )
+                self._stop_correcting()
+
+    def _check_count(self, clock: Tensor) -> None:
+        """A step uses one output: nothing is asked twice at one time, unless at the same x."""
+        query, before = self.report.trace[-1], self.last
+        self.last = float(clock[0]), query.branch
+        if self.exact and self.last == before and not query.duplicate.any():
+            self._stop_correcting()
+
+    def _stop_correcting(self) -> None:
+        """What is owed is not known of a sampler that does not step as it was said to."""
+        if self.run is None or self.run.ledger is None:
+            return
+        self.run.ledger = self.expected = None
+        warnings.warn(
+            f"The sampler does not step as {self.stepper} would: nothing is corrected from here on. Name its "
+            "method, or `method=None` if it is none of those known.",
+            stacklevel=6,
+        )
 
 
 class Hosted:
@@ -155,15 +171,15 @@ def calling(
     known: Mapping[str, Stepper],
     refused: Mapping[str, str] | None = None,
     *,
-    noisy: bool = False,
+    unchecked: bool = False,
     force: bool = False,
     **options: Any,
 ) -> Iterator[Calls]:
     """One trajectory over ts (K + 1,) by a host's `method`, whose memory is dropped at the end, come what may.
 
     method: a name among `known`, a stepper that makes the same steps, or None for any other of fixed steps. Those of
-        `refused` raise their reason unless `force` is given, and with it nothing is checked. noisy: the steps add noise
-        of their own, so that where they lead cannot be checked. Further options are `CachedField`'s.
+        `refused` raise their reason unless `force` is given, and with it nothing is checked. unchecked: the steps add
+        noise or mix several answers, so that where they lead cannot be checked. Further options are `CachedField`'s.
     """
     ts, refused = check_grid(ts), refused or {}
     if isinstance(method, str) and method in refused and not force:
@@ -177,8 +193,8 @@ def calling(
     stepper = named or Euler()
     if named is None or not uses_one_output(stepper, ts):
         options.setdefault("correct", False)
-    noisy = noisy or hasattr(stepper, "noise")
-    calls = Calls(model, ts, stepper, exact=not noisy and not force, strict=named is not None and not force)
+    unchecked = unchecked or force or hasattr(stepper, "noise")
+    calls = Calls(model, ts, stepper, exact=not unchecked, strict=named is not None and not force)
     cached = CachedField(calls, profile, **options)
     with cached.run(ts, stepper) as calls.run:
         calls.report = cached.report
