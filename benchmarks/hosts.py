@@ -30,6 +30,8 @@ from sencache.plugins import torchsde as for_torchsde
 from solvers import grids, integrate
 
 START = 0.999
+OPTIONS: dict[str, dict[str, Any]] = {"hold": dict(reuse="hold"), "line": dict(correct=False), "repaid": {}}
+WAYS = ("fewer steps", *OPTIONS)
 Options = dict[str, Any] | None  # of a cached run; None for the bare one
 
 
@@ -178,21 +180,21 @@ def grid(case: Case, evaluations: int) -> Tensor:
     return grids.uniform(max(1, evaluations // case.stages), start=START)
 
 
-def measured(case: Case, samples: int, budgets: tuple[int, ...]) -> Iterator[tuple[str, int, Tensor]]:
-    """(what was done, evaluations an image, PSNR (samples,) to the full run) of one sampler."""
+def measured(
+    case: Case, samples: int, budgets: tuple[int, ...], ways: tuple[str, ...] = WAYS
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(what was done, evaluations an image, PSNR (samples,) to the full run) of one sampler, where it makes sense."""
     field, x = sit_field(samples), noise(samples, "choosing")
     ts = grid(case, 50)
     full, paid = case.sample(field, x, ts, None)
     yield "full", paid, torch.full((samples,), torch.inf)
     for nfe in budgets:
-        ways: dict[str, Options] = {"hold": dict(reuse="hold"), "line": dict(correct=False)}
-        ways |= {"repaid": {}} if case.folds else {}
-        for way, options in ways.items():
-            x_0, paid = case.sample(field, x, ts, dict(nfe=nfe, **(options or {})))
+        for way in ways:
+            if (way == "fewer steps" and case.noisy) or (way == "repaid" and not case.folds):
+                continue
+            options = None if way == "fewer steps" else dict(OPTIONS[way], nfe=nfe)
+            x_0, paid = case.sample(field, x, grid(case, nfe) if options is None else ts, options)
             yield f"{way} {nfe}", paid, psnr(x_0, full)
-        if not case.noisy:
-            x_0, paid = case.sample(field, x, grid(case, nfe), None)
-            yield f"fewer steps {nfe}", paid, psnr(x_0, full)
 
 
 def k_diffusion_sampling() -> Any:
@@ -226,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=32)
     samples, budgets = parser.parse_args().samples, (25, 15)
-    ways = [f"{way} {nfe}" for nfe in budgets for way in ("fewer steps", "hold", "line", "repaid")]
+    ways = [f"{way} {nfe}" for nfe in budgets for way in WAYS]
     print("| sampler | full | " + " | ".join(ways) + " |")
     print("|" + "---|" * (len(ways) + 2))
     with torch.no_grad():

@@ -231,7 +231,7 @@ def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, 
 
 
 def _alike(a: list[tuple[Any, Any]], b: list[tuple[Any, Any]]) -> bool:
-    plain = (bool, int, float, complex, str, bytes)
+    plain = (bool, int, float, complex, str, bytes, np.generic)
 
     def equal(one: Any, other: Any) -> bool:
         return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)

@@ -7,6 +7,8 @@ stand-ins at the end make the calls that were read in the hosts' sources, and no
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -246,7 +248,7 @@ class OdeSolver:
     def __init__(self, velocity_model):
         self.velocity_model = velocity_model
 
-    def sample(self, x_init, time_grid, method, **extras):
+    def sample(self, x_init, time_grid, method, step_size=None, **extras):
         def rate(t, x):
             return self.velocity_model(x=x, t=t, **extras)
 
@@ -362,15 +364,16 @@ def ancestral(sde, model, x, ts, score):
     return x
 
 
+def vp_score(model, x, t):
+    return -model(x, t * 999) / rows(VPSDE().marginal_prob(x, t)[1], x)
+
+
 def score_hosts():
     vp_flow = GaussianFlow(VP(), MEAN, STD)
     ts = torch.linspace(1.0, 1e-2, STEPS, dtype=torch.float64)
 
     def vp_model(x, labels):
         return vp_flow.noise(x, labels / 999)
-
-    def vp_score(model, x, t):
-        return -model(x, t * 999) / rows(VPSDE().marginal_prob(x, t)[1], x)
 
     def ve_model(x, labels):
         c = rows(labels, x)
@@ -391,6 +394,43 @@ def score_hosts():
             profile,
             real=False,
         )
+
+
+def stand_ins(monkeypatch) -> dict[str, Any]:
+    """What the page of hosts takes as given: modules that are not installed, and the names of SiT's and score_sde's."""
+    dpm_solver_module()
+    k_diffusion_sampling()
+    solver = types.ModuleType("flow_matching.solver")
+    solver.ODESolver = OdeSolver
+    monkeypatch.setitem(sys.modules, "flow_matching", types.ModuleType("flow_matching"))
+    monkeypatch.setitem(sys.modules, "flow_matching.solver", solver)
+    z = torch.cat([X[:2], X[:2]])
+
+    def sample_ode(sampling_method, num_steps):
+        ts = torch.linspace(0, 1, num_steps)
+
+        def sample(x, model, **kwargs):
+            rate = lambda t, x: model(x, torch.ones(len(x)).to(x) * t, **kwargs)  # noqa: E731
+            return torchdiffeq.odeint(rate, x, ts.to(x), method=sampling_method)
+
+        return sample
+
+    sde, vp_flow = VPSDE(), GaussianFlow(VP(), MEAN, STD)
+    monkeypatch.setattr(VPSDE, "N", 100)
+
+    def sampling_fn(model):
+        ts = torch.linspace(1, 1e-3, sde.N)
+        return ancestral(sde, model, X.float(), ts, vp_score), sde.N
+
+    return dict(
+        net=Sit(),
+        z=z,
+        y=torch.tensor([1, 2, 9, 9]),
+        sampler=types.SimpleNamespace(sample_ode=sample_ode),
+        sde=sde,
+        score_model=lambda x, labels: vp_flow.noise(x, labels / 999),
+        sampling_fn=sampling_fn,
+    )
 
 
 HOSTS = [
