@@ -110,16 +110,17 @@ def func(t, y):
 
 
 def torchdiffeq_hosts():
-    profile = calibrate(torchdiffeq_plugin.field(func), X_CALIBRATION, TS, progress=False)
-    for name, queries in {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}.items():
+    for name, stages in {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}.items():
+        ts = grids.uniform(STEPS // stages)
         yield Host(
             f"torchdiffeq {name}",
             func,
-            lambda model, name=name: torchdiffeq.odeint(model, X, TS, method=name)[-1],
-            lambda model, profile, m=name, **options: torchdiffeq_plugin.wrap(model, profile, TS, method=m, **options),
-            profile,
+            lambda model, name=name, ts=ts: torchdiffeq.odeint(model, X, ts, method=name)[-1],
+            lambda model, profile, m=name, ts=ts, **options: torchdiffeq_plugin.wrap(
+                model, profile, ts, method=m, **options
+            ),
+            calibrate(torchdiffeq_plugin.field(func), X_CALIBRATION, ts, progress=False),
             name == "euler",
-            queries=queries * STEPS,
         )
 
 

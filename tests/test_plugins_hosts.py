@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,8 @@ from scipy.integrate import solve_ivp
 from torch import nn
 
 from benchmarks.hosts import k_diffusion_sampling
-from sencache import calibrate, rms
+from sencache import cache, calibrate, rms
+from sencache.plan import plan_for
 from sencache.plugins import dpm_solver, flow_matching, kdiffusion, score_sde, sit
 from sencache.plugins import scipy as for_scipy
 from sencache.plugins import torchdiffeq as for_torchdiffeq
@@ -127,6 +132,18 @@ def test_forced_an_implicit_method_runs_and_without_reuse_is_itself():
     with for_scipy.wrap(fun, None, TS, method="Radau", tolerance=0.0, force=True) as wrapped:
         ours = solve_ivp(wrapped, (1.0, 0.0), y0, method="Radau")
     assert np.array_equal(ours.y, solve_ivp(fun, (1.0, 0.0), y0, method="Radau").y)
+
+
+@pytest.mark.parametrize("name", ["k-diffusion euler", "flow_matching"])
+def test_a_plan_is_made_once_for_all_trajectories(name, monkeypatch):
+    made = []
+    monkeypatch.setattr(cache, "plan_for", lambda *args: made.append(args) or plan_for(*args))
+    host = BY_NAME[name]
+    profile = replace(host.profile)
+    for nfe, count in ((7, 1), (7, 1), (9, 2)):
+        with torch.no_grad(), host.wrap(host.model, profile, nfe=nfe) as wrapped:
+            host.sample(wrapped)
+        assert len(made) == count
 
 
 # torchdiffeq
@@ -483,3 +500,14 @@ def test_a_score_function_and_discrete_labels_are_the_same_field(name):
         assert (wrapped.report.evaluations == 12).all()
     with score_sde.wrap(discrete, host.profile, times, sde=sde, labels="discrete", tolerance=0.0) as wrapped:
         assert all(torch.equal(wrapped(start, at.expand(3)), discrete(start, at.expand(3))) for at in continuous)
+
+
+def test_no_plugin_imports_a_host():
+    """SciPy and torchdiffeq are dependencies of the library itself."""
+    names = sorted(p.stem for p in (Path(__file__).parents[1] / "sencache/plugins").glob("[a-z]*.py"))
+    assert len(names) >= 9
+    plugins = "; ".join(f"import sencache.plugins.{name}" for name in (*names, "comfyui"))
+    strangers = "{'torchsde', 'k_diffusion', 'ldm', 'comfy', 'flow_matching', 'diffusers'}"
+    code = f"import sys, sencache; {plugins}; print({strangers} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

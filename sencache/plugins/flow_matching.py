@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted, mirrored
+from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
 from sencache.plugins.torchdiffeq import METHODS, REFUSED
 from sencache.profile import SensitivityProfile
 from solvers import VelocityField
@@ -32,7 +32,7 @@ def wrap(
     **options: Any,
 ) -> Iterator[Hosted | HostedModule]:
     """The velocity model for one trajectory over ts (K + 1,), rising; options are `CachedField`'s."""
-    with calling(model, mirrored(profile, ts), ts, method, METHODS, REFUSED, force=force, **options) as calls:
+    with calling(model, profile, ts, method, METHODS, REFUSED, mirror=True, force=force, **options) as calls:
 
         def velocity(x: Tensor, t: Tensor, **extras: Any) -> Tensor:
             return calls.ask(x, t, lambda: model(x=x, t=t, **extras), **extras)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from solvers import Euler, Stepper
 from solvers.loop import check_grid
 
 Method = str | Stepper | None
+
+PLANS: WeakKeyDictionary[SensitivityProfile, dict] = WeakKeyDictionary()  # a scope is short; plans take seconds
 
 ADAPTIVE = "chooses its steps by comparing outputs, and reused ones fool it into more evaluations and wrong results"
 IMPLICIT = "solves for each step with the outputs, and reused ones fool it into wrong results"
@@ -171,6 +174,7 @@ def calling(
     known: Mapping[str, Stepper],
     refused: Mapping[str, str] | None = None,
     *,
+    mirror: bool = False,
     unchecked: bool = False,
     force: bool = False,
     **options: Any,
@@ -178,7 +182,8 @@ def calling(
     """One trajectory over ts (K + 1,) by a host's `method`, whose memory is dropped at the end, come what may.
 
     method: a name among `known`, a stepper that makes the same steps, or None for any other of fixed steps. Those of
-        `refused` raise their reason unless `force` is given, and with it nothing is checked. unchecked: the steps add
+        `refused` raise their reason unless `force` is given, and with it nothing is checked. mirror: a profile measured
+        toward data at 0 is turned to a grid that rises. unchecked: the steps add
         noise or mix several answers, so that where they lead cannot be checked. Further options are `CachedField`'s.
     """
     ts, refused = check_grid(ts), refused or {}
@@ -195,7 +200,10 @@ def calling(
         options.setdefault("correct", False)
     unchecked = unchecked or force or hasattr(stepper, "noise")
     calls = Calls(model, ts, stepper, exact=not unchecked, strict=named is not None and not force)
-    cached = CachedField(calls, profile, **options)
+    cached = CachedField(calls, mirrored(profile, ts) if mirror else profile, **options)
+    if profile is not None:
+        made = PLANS.setdefault(profile, {})
+        cached._plans = made.setdefault((cached.nfe, cached.rtol, cached.reuse, cached.correct), {})
     with cached.run(ts, stepper) as calls.run:
         calls.report = cached.report
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted, mirrored
+from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
 from sencache.plugins.torchdiffeq import METHODS, REFUSED
 from sencache.profile import SensitivityProfile
 from solvers import EulerMaruyama, Path, Stepper, VelocityField, Weights
@@ -66,7 +66,7 @@ def wrap(
     method: torchdiffeq's name for an ODE of a velocity model; an `SDE` of the same diffusion for its SDE, whose grid
         ends with the last step; None where the model predicts something else. Options are `CachedField`'s.
     """
-    with calling(model, mirrored(profile, ts), ts, method, METHODS, REFUSED, force=force, **options) as calls:
+    with calling(model, profile, ts, method, METHODS, REFUSED, mirror=True, force=force, **options) as calls:
 
         def cached(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return calls.ask(x, t, lambda: model(x, t, *args, **kwargs), *args, **kwargs)
