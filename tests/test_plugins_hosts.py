@@ -58,7 +58,7 @@ def test_a_method_that_reuses_would_fool_is_refused_unless_forced(plugin, args, 
     options |= dict(sde=hosts.VPSDE()) if plugin is score_sde else {}
     with pytest.raises(ValueError, match=f"{method} .*force=True"), plugin.wrap(*args, **options):
         pass
-    with plugin.wrap(*args, force=True, **options):
+    with pytest.warns(UserWarning, match="never called the wrapped model"), plugin.wrap(*args, force=True, **options):
         pass
 
 
@@ -225,6 +225,7 @@ def test_the_probing_calls_before_the_first_step_cost_nothing_and_the_noise_is_t
     assert (report.evaluations == hosts.STEPS).all()
     assert report.duplicates.any()
     with for_torchsde.wrap(hosts.Langevin(), None, TS_UP, tolerance=0.1) as wrapped:
+        wrapped.f(TS_UP[0], X.flatten(1))
         assert (wrapped.noise_type, wrapped.sde_type) == ("diagonal", "ito")
         assert torch.equal(wrapped.g(0.0, X.flatten(1)), hosts.Langevin().g(0.0, X.flatten(1)))
     assert x.shape == SHAPE
@@ -425,6 +426,25 @@ def test_a_model_in_half_precision_is_answered_in_it(dtype):
     assert wrapped.report.reuses.any()
 
 
+@pytest.mark.parametrize("moved", [[], [1]], ids=["nothing moved", "one image moved"])
+def test_what_is_asked_again_is_answered_bit_by_bit_though_it_was_translated(moved):
+    x = 30 * torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+    def low(x, sigma):
+        return torch.sin(x) / 3
+
+    for tolerance in (0.0, 0.5):
+        with kdiffusion.wrap(low, None, SIGMAS.float(), tolerance=tolerance, method=None) as wrapped:
+            again = x.clone()
+            again[moved] += 1
+            for sigma in SIGMAS.float()[3:5]:
+                assert torch.equal(wrapped(x, sigma.expand(3)), low(x, sigma))
+                assert torch.equal(wrapped(again, sigma.expand(3))[[0, 2]], low(again, sigma)[[0, 2]])
+                if tolerance == 0.0:
+                    assert torch.equal(wrapped(x, sigma.expand(3)), low(x, sigma))
+    assert wrapped.report.duplicates.any()
+
+
 # SiT, score_sde, flow_matching
 
 
@@ -470,6 +490,8 @@ def test_a_module_stays_one_for_a_host_that_says_eval():
     with torch.no_grad(), host.wrap(net, host.profile, nfe=12) as wrapped:
         wrapped.eval()
         assert not net.training
+        assert wrapped.scale is net.scale
+        assert list(wrapped.parameters()) == [net.scale]
         assert torch.equal(host.sample(wrapped), sampled("score_sde VP", nfe=12)[0])
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sencache.memory import spread
 from sencache.plugins.gaussian import Carrier, Translated, inside, same_contents, time_of
-from sencache.plugins.host import ADAPTIVE, Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, Method, calling
+from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import DPMSolverPP, Euler, Linear, Stepper, VelocityField
 

@@ -24,7 +24,7 @@ PREDICTIONS = ("data", "noise", "score", "v", "velocity")
 
 def time_of(alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """The time on the linear path, float64, of the host's alpha and sigma."""
-    alpha, sigma = torch.as_tensor(alpha).double().cpu(), torch.as_tensor(sigma).double().cpu()
+    alpha, sigma = (torch.as_tensor(value).detach().cpu().double() for value in (alpha, sigma))
     return torch.where(sigma.isinf(), 1.0, sigma / (alpha + sigma))
 
 
@@ -44,7 +44,7 @@ class Carrier:
         if prediction not in PREDICTIONS:
             raise ValueError(f"A model predicts one of {', '.join(PREDICTIONS)}; got {prediction!r}.")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        alpha, sigma = (torch.as_tensor(value).detach().double().expand(len(x)) for value in (alpha, sigma))
+        alpha, sigma = (torch.as_tensor(value).detach().cpu().double().expand(len(x)) for value in (alpha, sigma))
         self.t, self.prediction = time_of(alpha, sigma), prediction
         whole = alpha + sigma
         shares = (whole, alpha, sigma, alpha / whole, sigma / whole)

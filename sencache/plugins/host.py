@@ -36,6 +36,7 @@ Method = str | Stepper | None
 PLANS: WeakKeyDictionary[SensitivityProfile, dict] = WeakKeyDictionary()  # a scope is short; plans take seconds
 
 ADAPTIVE = "chooses its steps by comparing outputs, and reused ones fool it into more evaluations and wrong results"
+NEXT = "Hand the sampler what the `with` statement names, in place of the model."
 IMPLICIT = "solves for each step with the outputs, and reused ones fool it into wrong results"
 
 
@@ -130,41 +131,6 @@ class Calls:
         )
 
 
-class Hosted:
-    """A callable in the host's shape; `report` tells how its trajectory went."""
-
-    def __init__(self, calls: Calls, call: Callable[..., Any]):
-        self._calls, self._call = calls, call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    @property
-    def report(self) -> Report:
-        return self._calls.report
-
-
-class HostedModule(nn.Module):
-    """The same for a host that wants a module: the model's parameters are its own."""
-
-    def __init__(self, model: nn.Module, calls: Calls, call: Callable[..., Any]):
-        super().__init__()
-        self.model, self._calls, self._call = model, calls, call
-        self.training = model.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    @property
-    def report(self) -> Report:
-        return self._calls.report
-
-
-def hosted(model: Any, calls: Calls, call: Callable[..., Any]) -> Hosted | HostedModule:
-    """`call` in the model's place."""
-    return HostedModule(model, calls, call) if isinstance(model, nn.Module) else Hosted(calls, call)
-
-
 @contextmanager
 def calling(
     model: Any,
@@ -208,6 +174,8 @@ def calling(
         calls.report = cached.report
         try:
             yield calls
+            if not calls.report.trace:
+                warnings.warn(f"The sampler never called the wrapped model: nothing was saved. {NEXT}", stacklevel=4)
         finally:
             calls.close()
 

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from sencache.plugins.gaussian import Carrier, Translated, inside, time_of
-from sencache.plugins.host import ADAPTIVE, Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, Method, calling
+from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import DPMSolverPP, Euler, Heun, Linear, Stepper, VelocityField, Weights
 

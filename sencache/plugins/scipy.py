@@ -20,7 +20,8 @@ import scipy.integrate
 import torch
 from torch import Tensor
 
-from sencache.plugins.host import IMPLICIT, Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import IMPLICIT, Method, calling
+from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Stepper, VelocityField, Weights
 from solvers.loop import check_grid

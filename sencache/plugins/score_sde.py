@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sencache.plugins.gaussian import Carrier, Translated, time_of
-from sencache.plugins.host import ADAPTIVE, Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, Method, calling
+from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Stepper
 

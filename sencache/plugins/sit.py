@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.plugins.host import Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import Method, calling
+from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.plugins.torchdiffeq import METHODS, REFUSED
 from sencache.profile import SensitivityProfile
 from solvers import EulerMaruyama, Path, Stepper, VelocityField, Weights

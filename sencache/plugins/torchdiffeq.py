@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.plugins.host import ADAPTIVE, IMPLICIT, Hosted, HostedModule, Method, calling, hosted
+from sencache.plugins.host import ADAPTIVE, IMPLICIT, Method, calling
+from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper, TorchDiffEq, VelocityField
 

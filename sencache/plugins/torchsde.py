@@ -65,10 +65,7 @@ class CachedSDE(nn.Module):
         return self._calls.report
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(vars(self).get("sde") or vars(self)["_modules"]["sde"], name)
+        return super().__getattr__(name) if name in ("sde", "_calls") else getattr(self.sde, name)
 
 
 def field(sde: Any) -> VelocityField:

@@ -80,7 +80,7 @@ class Cache:
     @contextmanager
     def _scope(self, noise: Tensor, sampler: Any, sigmas: Tensor, sampling: Any) -> Iterator[None]:
         prediction = predicts(sampling)
-        alpha, sigma = shares(sigmas.detach().double().cpu(), prediction)
+        alpha, sigma = shares(sigmas, prediction)
         method = getattr(getattr(sampler, "sampler_function", None), "__name__", None)
         if method not in REFUSED:
             churned = getattr(sampler, "extra_options", {}).get("s_churn")
@@ -138,7 +138,7 @@ def predicts(sampling: Any) -> str:
 
 def shares(sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """alpha, sigma (B,) of the network's own input: a flow's, or that of unit variance."""
-    sigma = sigma.double() if sigma.device.type != "mps" else sigma
+    sigma = sigma.detach().cpu().double()
     if prediction == "velocity":
         return 1 - sigma, sigma
     scale = (sigma**2 + 1).sqrt()
