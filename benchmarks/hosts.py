@@ -30,7 +30,11 @@ from sencache.plugins import torchsde as for_torchsde
 from solvers import grids, integrate
 
 START = 0.999
-OPTIONS: dict[str, dict[str, Any]] = {"hold": dict(reuse="hold"), "line": dict(correct=False), "repaid": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hold": dict(reuse="hold"),
+    "line": dict(correct=False),
+    "repaid": dict(correct=True),
+}
 WAYS = ("fewer steps", *OPTIONS)
 Options = dict[str, Any] | None  # of a cached run; None for the bare one
 

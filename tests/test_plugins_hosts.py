@@ -99,6 +99,11 @@ UNNAMED = {
     "k-diffusion euler": by_dpm_adaptive,
     "torchsde euler": by_adaptive_sde,
     "DPM-Solver multistep 1": by_adaptive_dpm_solver,
+    "score_sde VP": lambda model: solve_ivp(
+        lambda t, y: hosts.vp_score(model, torch.tensor(y).reshape(SHAPE), torch.full((3,), t).double()).flatten(),
+        (1.0, 0.01),
+        X.flatten().numpy(),
+    ),
 }
 
 
@@ -207,6 +212,20 @@ def test_gradients_are_those_of_the_bare_function(solve, wanted):
     assert torch.equal(ours, gradient(rate))
     assert wrapped.report.bypasses > 0
     assert not wrapped.report.reuses.any()
+
+
+def test_gradients_of_what_could_not_be_seen_to_learn_are_refused_and_never_wrong():
+    rate = Rate()
+
+    def gradient(wrapped):
+        parameters = tuple(rate.parameters())
+        torchdiffeq.odeint_adjoint(wrapped, X, TS, method="euler", adjoint_params=parameters)[
+            -1
+        ].square().sum().backward()
+
+    stopped = pytest.raises(RuntimeError, match="outputs were reused; they would be wrong")
+    with for_torchdiffeq.wrap(lambda t, y: rate(t, y), None, TS, tolerance=0.5) as wrapped, stopped:
+        gradient(wrapped)
 
 
 def test_without_gradients_a_module_with_parameters_is_cached():
@@ -443,6 +462,28 @@ def test_what_is_asked_again_is_answered_bit_by_bit_though_it_was_translated(mov
                 if tolerance == 0.0:
                     assert torch.equal(wrapped(x, sigma.expand(3)), low(x, sigma))
     assert wrapped.report.duplicates.any()
+
+
+def test_a_model_that_could_learn_is_cached_in_samplers_that_never_teach():
+    net = Net(hosts.denoiser)
+    with kdiffusion.wrap(net, None, SIGMAS, tolerance=0.02) as wrapped:
+        sampling.sample_euler(wrapped, X * (1 + SIGMAS[0]), SIGMAS, disable=True)  # without gradients inside
+    assert wrapped.report.reuses.any()
+    assert wrapped.report.bypasses == 0
+
+
+def test_where_one_step_takes_a_gradient_the_others_are_cached_and_it_is_right():
+    with kdiffusion.wrap(hosts.denoiser, None, SIGMAS, tolerance=0.5, method=None) as wrapped:
+        for k, sigma in enumerate(SIGMAS[:-1].unbind()):
+            x = X.clone().requires_grad_(k == 12)
+            if k != 12:
+                wrapped(x, sigma.expand(3))
+                continue
+            with pytest.warns(UserWarning, match="Gradients are being recorded"):
+                ours = torch.autograd.grad(wrapped(x, sigma.expand(3)).sum(), x)[0]
+            bare = torch.autograd.grad(hosts.denoiser(x, sigma.expand(3)).sum(), x)[0]
+            assert torch.equal(ours, bare)
+    assert wrapped.report.reuses.any()
 
 
 # SiT, score_sde, flow_matching

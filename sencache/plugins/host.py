@@ -43,12 +43,12 @@ IMPLICIT = "solves for each step with the outputs, and reused ones fool it into 
 class Calls:
     """The calls of one trajectory, checked against the method that was named, and answered."""
 
-    def __init__(self, model: Any, ts: Tensor, stepper: Stepper, exact: bool, strict: bool):
+    def __init__(self, model: Any, ts: Tensor, stepper: Stepper, exact: bool, strict: bool, adjoint: bool):
         self.fingerprint, self.report = getattr(model, "fingerprint", None), Report()
         self.ts, self.stepper, self.exact = ts.double().cpu(), stepper, exact
         times = torch.cat([influence(stepper, ts)[0], self.ts[-1:]]) if strict else self.ts
         self.times, self.strict = times.unique(), strict
-        self.recording = torch.is_grad_enabled()  # an adjoint method calls the model without, and back with gradients
+        self.recording = adjoint and torch.is_grad_enabled()
         self.learns = self.recording and any(part.requires_grad for part in _parameters(model))
         self.evaluate: Callable[[], Any]
         self.run: Run | None = None
@@ -64,7 +64,7 @@ class Calls:
         if self.run is None:
             raise RuntimeError("The `with` scope of this wrapper has ended; open a new one for every trajectory.")
         clock, self.evaluate = self._on_grid(t, batch_of(x)), evaluate
-        self.learns = self.learns or (self.recording and any(part.requires_grad for part in tensors(x)))
+        self._check_gradients(x)
         if self.learns:
             return self.run.bypass(evaluate(), x, clock)
         self._check_step(x, clock)
@@ -72,6 +72,17 @@ class Calls:
         self._check_count(clock)
         self._expect(x, clock, y)
         return y
+
+    def _check_gradients(self, x: Any) -> None:
+        """An adjoint method goes there without gradients and back with them: see it on the way there, or stop it."""
+        wanted = any(part.requires_grad for part in tensors(x))
+        if not torch.is_grad_enabled():
+            self.learns = self.learns or (self.recording and wanted)
+        elif self.recording and not self.learns and wanted and self.report.reuses.any():
+            raise RuntimeError(
+                "Gradients are asked for through a trajectory on which outputs were reused; they would be wrong. Open "
+                "the scope around a module, so that its parameters are seen, or integrate the bare one."
+            )
 
     def close(self) -> None:
         self.run = self.expected = None
@@ -140,6 +151,7 @@ def calling(
     known: Mapping[str, Stepper],
     refused: Mapping[str, str] | None = None,
     *,
+    adjoint: bool = False,
     mirror: bool = False,
     unchecked: bool = False,
     force: bool = False,
@@ -148,9 +160,10 @@ def calling(
     """One trajectory over ts (K + 1,) by a host's `method`, whose memory is dropped at the end, come what may.
 
     method: a name among `known`, a stepper that makes the same steps, or None for any other of fixed steps. Those of
-        `refused` raise their reason unless `force` is given, and with it nothing is checked. mirror: a profile measured
-        toward data at 0 is turned to a grid that rises. unchecked: the steps add
-        noise or mix several answers, so that where they lead cannot be checked. Further options are `CachedField`'s.
+        `refused` raise their reason unless `force` is given, and with it nothing is checked. adjoint: gradients may be
+        taken by an adjoint method. mirror: a profile measured toward data at 0 is turned to a grid that rises.
+        unchecked: the steps add noise or mix several answers, so that where they lead cannot be checked. Further
+        options are `CachedField`'s.
     """
     ts, refused = check_grid(ts), refused or {}
     if isinstance(method, str) and method in refused and not force:
@@ -165,7 +178,7 @@ def calling(
     if named is None or not uses_one_output(stepper, ts):
         options.setdefault("correct", False)
     unchecked = unchecked or force or hasattr(stepper, "noise")
-    calls = Calls(model, ts, stepper, exact=not unchecked, strict=named is not None and not force)
+    calls = Calls(model, ts, stepper, exact=not unchecked, strict=named is not None and not force, adjoint=adjoint)
     cached = CachedField(calls, mirrored(profile, ts) if mirror else profile, **options)
     if profile is not None:
         made = PLANS.setdefault(profile, {})

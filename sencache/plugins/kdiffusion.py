@@ -70,9 +70,11 @@ def wrap(
 ) -> Iterator[Hosted | HostedModule]:
     """The denoiser for one trajectory over sigmas (K + 1,), falling, the last one 0 or not.
 
-    method: which sampler will call: "euler" and "euler_ancestral", whose steps are corrected, "heun", "dpmpp_2m", a
-        stepper on the linear path, or None for any other, and for churn. Options are `CachedField`'s.
+    method: which sampler will call: "euler", whose steps are corrected, "euler_ancestral", whose steps can be, "heun",
+        "dpmpp_2m", a stepper on the linear path, or None for any other, and for churn. Options are `CachedField`'s.
     """
+    if method == "euler_ancestral":
+        options.setdefault("correct", False)  # what is interpolated goes through noise, and measured worse than a line
     with calling(model, profile, times(sigmas), method, METHODS, REFUSED, force=force, **options) as calls:
         translated = Translated(calls)
 

@@ -20,9 +20,9 @@ from sencache.plugins.gaussian import Carrier, Translated, time_of
 from sencache.plugins.host import ADAPTIVE, Method, calling
 from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
-from solvers import Stepper
+from solvers import Euler, Stepper
 
-METHODS: dict[str, Stepper] = {}
+METHODS: dict[str, Stepper] = {"pc": Euler()}
 REFUSED = {"ode": ADAPTIVE}
 LABELS = ("continuous", "discrete", "time")
 
@@ -34,7 +34,7 @@ def wrap(
     ts: Tensor,
     *,
     sde: Any,
-    method: Method = None,
+    method: Method = "pc",
     labels: str = "continuous",
     force: bool = False,
     **options: Any,
@@ -43,7 +43,7 @@ def wrap(
 
     sde: anything with `marginal_prob(x, t)`; with a `sigma_max` it is a VE SDE, whose models predict the score, else
         the models predict noise, and `get_score_fn` divides.
-    method: None, every predictor and corrector. "ode", SciPy's adaptive solver, is refused.
+    method: "pc", every predictor and corrector that asks at ts alone. "ode", SciPy's adaptive solver, is refused.
     labels: as in `get_score_fn`, "continuous" or "discrete"; "time" where what is wrapped is a `score_fn(x, t)` itself.
         Further options are `CachedField`'s.
     """
@@ -62,6 +62,7 @@ def wrap(
         t = label.double() / last
         return marginal(sde, sde.T - t if variance_exploding else t)
 
+    options.setdefault("correct", False)
     grid = torch.cat([times(ts, sde), torch.zeros(1, dtype=torch.float64)])  # a step from the last time to the data
     with calling(model, profile, grid, method, METHODS, REFUSED, force=force, **options) as calls:
         translated = Translated(calls)

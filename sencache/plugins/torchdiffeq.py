@@ -41,7 +41,7 @@ def wrap(
     method: the one that `odeint` is told: "euler", whose steps are corrected, "midpoint", "heun3", "rk4"; None for any
         other of fixed steps. Adaptive, implicit and Adams ones are refused. Options are `CachedField`'s.
     """
-    with calling(func, profile, ts, method, METHODS, REFUSED, force=force, **options) as calls:
+    with calling(func, profile, ts, method, METHODS, REFUSED, adjoint=True, force=force, **options) as calls:
         yield hosted(func, calls, lambda t, y: calls.ask(y, t, lambda: func(t, y)))
 
 

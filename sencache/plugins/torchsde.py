@@ -46,7 +46,7 @@ def wrap(
             f"The drift is cached by itself, so the sde must have `f(t, y)` and `g(t, y)`; it has {came}. Write the "
             "drift as a method of its own."
         )
-    with calling(sde, profile, ts, method, METHODS, unchecked=True, force=force, **options) as calls:
+    with calling(sde, profile, ts, method, METHODS, unchecked=True, adjoint=True, force=force, **options) as calls:
         yield CachedSDE(sde, calls)
 
 
