@@ -110,7 +110,7 @@ def func(t, y):
 
 
 def torchdiffeq_hosts():
-    for name, stages in {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}.items():
+    for name, stages in {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}.items():
         ts = grids.uniform(STEPS // stages)
         yield Host(
             f"torchdiffeq {name}",

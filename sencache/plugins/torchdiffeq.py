@@ -20,7 +20,9 @@ from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper, TorchDiffEq, VelocityField
 
-METHODS: dict[str, Stepper] = {"euler": Euler()} | {name: TorchDiffEq(name) for name in ("midpoint", "heun3", "rk4")}
+METHODS: dict[str, Stepper] = {"euler": Euler()} | {
+    name: TorchDiffEq(name) for name in ("midpoint", "heun2", "heun3", "rk4")
+}
 REFUSED = dict.fromkeys(("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver"), ADAPTIVE)
 REFUSED |= dict.fromkeys(("implicit_adams", "fixed_adams"), IMPLICIT)
 REFUSED["explicit_adams"] = "weighs its last outputs with large alternating weights, which amplify any error of a reuse"
@@ -38,7 +40,7 @@ def wrap(
 ) -> Iterator[Hosted | HostedModule]:
     """func for one trajectory over ts (K + 1,), the times at which the solver steps.
 
-    method: the one that `odeint` is told: "euler", whose steps are corrected, "midpoint", "heun3", "rk4"; None for any
+    method: the one that `odeint` is told: "euler", whose steps are corrected, "midpoint", "heun2", "heun3", "rk4"; None for any
         other of fixed steps. Adaptive, implicit and Adams ones are refused. Options are `CachedField`'s.
     """
     with calling(func, profile, ts, method, METHODS, REFUSED, adjoint=True, force=force, **options) as calls:
