@@ -7,6 +7,7 @@ stand-ins at the end make the calls that were read in the hosts' sources, and no
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 import warnings
@@ -171,6 +172,8 @@ def torchsde_hosts():
 
 def dpm_solver_module() -> Any:
     """The authors' file, which stable-diffusion-sdkit carries; it is older than Python's warning about its strings."""
+    if importlib.util.find_spec("ldm") is None:
+        raise ModuleNotFoundError("DPM-Solver's file is not here: pip install --no-deps stable-diffusion-sdkit==2.1.5")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("ldm.models.diffusion.dpm_solver.dpm_solver")

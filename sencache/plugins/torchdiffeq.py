@@ -40,8 +40,8 @@ def wrap(
 ) -> Iterator[Hosted | HostedModule]:
     """func for one trajectory over ts (K + 1,), the times at which the solver steps.
 
-    method: the one that `odeint` is told: "euler", whose steps are corrected, "midpoint", "heun2", "heun3", "rk4"; None for any
-        other of fixed steps. Adaptive, implicit and Adams ones are refused. Options are `CachedField`'s.
+    method: the one that `odeint` is told: "euler", whose steps are corrected, "midpoint", "heun2", "heun3", "rk4";
+        None for any other of fixed steps. Adaptive, implicit and Adams ones are refused. Options are `CachedField`'s.
     """
     with calling(func, profile, ts, method, METHODS, REFUSED, adjoint=True, force=force, **options) as calls:
         yield hosted(func, calls, lambda t, y: calls.ask(y, t, lambda: func(t, y)))
