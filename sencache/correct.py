@@ -137,7 +137,12 @@ class Folding:
 
     def __init__(self, stepper: Stepper, ts: Tensor):
         self.ts = ts.double().cpu()
-        _check_one_output(stepper, self.ts)
+        if not uses_one_output(stepper, self.ts):
+            raise ValueError(
+                "Corrections are folded into bare calls for steppers of one output a step (Euler, DPMSolverPP of order "
+                f"1, EulerMaruyama); {stepper} uses more. Call `integrate`, or switch corrections off with "
+                "`correct=False`."
+            )
         weights = [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
         self.state, self.gain = torch.stack(weights).T  # (K,) each
         self.open: dict[int, tuple[Tensor, Any]] = {}  # moments (B, 3) and excess of each conditioning
@@ -165,24 +170,19 @@ class Folding:
         return repaid(y, *self.folded[note.branch])
 
 
-def _check_one_output(stepper: Stepper, ts: Tensor) -> None:
-    """Raise unless two steps of outputs 1 and 0 go as `weights` says: one output a step, and no history."""
+def uses_one_output(stepper: Stepper, ts: Tensor) -> bool:
+    """Whether two steps of outputs 1 and 0 go as `weights` says: one output a step, and no history."""
     linear, outputs = getattr(stepper, "linear", stepper), iter([1.0, 0.0])
     x, memory, expected = torch.zeros(1, 1, dtype=torch.float64), None, torch.zeros(1, 1, dtype=torch.float64)
     try:
-        middle = ts[max(0, len(ts) // 2 - 2) :]  # an end of the grid may be a lower-order step
+        middle = ts.double().cpu()[max(0, len(ts) // 2 - 2) :]  # an end of the grid may be a lower-order step
         for output, (t, t_next) in zip((1.0, 0.0), pairwise(middle), strict=False):
             dx, memory = linear.advance(lambda x, t: torch.full_like(x, next(outputs)), x, t, t_next, memory)
             weights = linear.weights(t, t_next)
             x, expected = x + dx, weights.state * expected + weights.field * output
-        alone = torch.allclose(x, expected)
+        return torch.allclose(x, expected)
     except (StopIteration, RuntimeError):  # it asked for more than one
-        alone = False
-    if not alone:
-        raise ValueError(
-            "Corrections are folded into bare calls for steppers of one output a step (Euler, DPMSolverPP of order 1, "
-            f"EulerMaruyama); {stepper} uses more. Call `integrate`, or switch corrections off with `correct=False`."
-        )
+        return False
 
 
 class Repaying:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from operator import eq
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -223,23 +225,30 @@ def _kind(tree: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
 def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
     """What the call was conditioned on: every leaf, and of a tensor how often it has been written to.
 
-    Tensors made in inference mode do not count that; of them the contents are kept.
+    Nobody counts the writes to an array, to a tensor on the host, which may share its memory with one, and to a tensor
+    made in inference mode: of them the contents are kept.
     """
 
     def state(part: Any) -> Any:
-        return 0 if not isinstance(part, Tensor) else part.clone() if part.is_inference() else part._version
+        if isinstance(part, np.ndarray):
+            return part.copy()
+        if not isinstance(part, Tensor):
+            return 0
+        uncounted = part.is_inference() or (part.device.type == "cpu" and part.layout == torch.strided)
+        return part.detach().clone() if uncounted else part._version
 
     return [(part, state(part)) for part in leaves((args, dict(sorted(kwargs.items()))))]
 
 
 def _alike(a: list[tuple[Any, Any]], b: list[tuple[Any, Any]]) -> bool:
-    plain = (bool, int, float, complex, str, bytes)
+    plain = (bool, int, float, complex, str, bytes, np.generic)
 
     def equal(one: Any, other: Any) -> bool:
         return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
 
     def unchanged(one: Any, other: Any) -> bool:
-        return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        same = torch.equal if isinstance(one, Tensor) else np.array_equal if isinstance(one, np.ndarray) else eq
+        return type(one) is type(other) and bool(same(one, other))
 
     return len(a) == len(b) and all(
         equal(part, other) and unchanged(state, other_state)

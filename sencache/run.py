@@ -57,7 +57,6 @@ class Rule:
         """What a reuse now is measured by (B,), beside the tolerance: its change, or the sum of gain times change."""
         return change if self.gains is None else seen.spent + self.gains.at(seen) * change
 
-
     def epsilon(self, t: Tensor) -> Tensor:
         """The tolerance at times t (B,), (B,) float64."""
         values = torch.tensor([float(self.tolerance(at)) for at in t.tolist()], dtype=torch.float64)
@@ -78,7 +77,7 @@ class Run:
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The field's output at (x, t), of each sample evaluated or from memory."""
         if _recorded((x, args, kwargs)):
-            return self._bypass(self.field(x, t, *args, **kwargs), x, t)
+            return self.bypass(self.field(x, t, *args, **kwargs), x, t)
         rule, clock, branch = self.rule, clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
         seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
@@ -97,11 +96,10 @@ class Run:
         earlier = branch.y, branch.y_before  # y_r, y_2
         nodes, owes = torch.stack([s, s_ref, s_before], 1), offset(s - s_ref, phi) * ~needed[:, None]
         if needed.any():
-            (y, stack), computed = _evaluate(
-                self.field, rule.payload, needed, x, t, args, kwargs
-            )  # Alg. 1: y = f(x, t)
+            # Alg. 1: y = f(x, t)
+            (y, stack), computed = _evaluate(self.field, rule.payload, needed, x, t, args, kwargs)
             if _recorded(y):
-                return self._bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
+                return self.bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, stack, anew, rule.norm)  # Alg. 1: the reference moves; m = 0
             self._observe(branch, needed & ~anew, nodes, seen.difference, earlier[1])
         branch.stand(x, clock, seen.step, spent, reused)
@@ -122,10 +120,7 @@ class Run:
             return answer
         excess = None
         if rule.payload == "blocks":  # y_r + phi (y_r - y_2) is not what was used
-            excess, owes = (
-                beyond(answer, earlier[0], needed),
-                offset(s - s_ref, torch.zeros_like(phi)) * ~needed[:, None],
-            )
+            excess, owes = beyond(answer, earlier[0], needed), owes * owes.new_tensor([1, 1, 0])
         note = Note(owes, excess, needed, nodes, (branch.y, *earlier), anew, seen.same, branch.number)
         return self.ledger.enter(answer, note, seen.t)
 
@@ -146,7 +141,7 @@ class Run:
         self.branches.clear()
         self.ledger = None
 
-    def _bypass(self, y: Any, x: Any, t: Tensor | float) -> Any:
+    def bypass(self, y: Any, x: Any, t: Tensor | float) -> Any:
         """Hand out y with its gradients and keep nothing: a reused output would make them silently wrong."""
         warnings.warn(
             "Gradients are being recorded, so every call is evaluated and nothing is reused. To sample, call under "

@@ -10,6 +10,7 @@ import weakref
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,23 @@ def test_in_inference_mode_too_a_conditioning_that_was_written_to_is_another():
         field(X, 1.0, c)
         c.add_(1)
         assert torch.equal(field(X, 1.0, c), guided(X, 1.0, c))
+
+
+def test_an_array_that_was_written_to_is_another_conditioning_and_one_that_was_not_is_the_same():
+    field, c = cached(lambda x, t, c: guided(x, t, torch.from_numpy(c))), np.ones(6)
+    field(X, 1.0, c)
+    field(X, 1.0, c)
+    assert field.report.duplicates.tolist() == [1, 1, 1]
+    c += 1
+    assert torch.equal(field(X, 1.0, c), guided(X, 1.0, torch.from_numpy(c)))
+
+
+def test_a_tensor_that_was_written_to_through_an_array_is_another_conditioning():
+    field, array = cached(), np.ones(6)
+    c = torch.from_numpy(array)
+    field(X, 1.0, c)
+    array += 1  # counts no version of the tensor
+    assert torch.equal(field(X, 1.0, c), guided(X, 1.0, c))
 
 
 def test_a_freed_address_that_is_used_again_is_never_mistaken_for_the_tensor_it_held():
