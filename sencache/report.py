@@ -85,9 +85,7 @@ class Report:
         lines.append(f"{'cache ratio':<12} {ratio.median():8.1%} {ratio.min():8.1%} {ratio.max():8.1%}")
         off = [(query.observed / query.predicted)[query.observed.isfinite()] for query in self.trace]
         if sum(map(len, off)):
-            lines.append(
-                f"reuses were off by {torch.cat(off).median():.2f} of what was predicted (median, as observed)"
-            )
+            lines.append(f"observed over predicted error of the reuses: median {torch.cat(off).median():.2f}")
         if not math.isnan(self.expected):
             promised = f"; 90 % of samples keep {self.promised:.2g}" if self.promised < math.inf else ""
             lines.append(f"expected relative error of the sample: {self.expected:.2g}{promised}")
