@@ -14,6 +14,7 @@ Shapes: T query times of the grid; S calibration samples; gram (S, T, T); N eval
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -205,21 +206,36 @@ def plan_for(
     times, gain = influence(stepper, ts)
     if nfe is not None and nfe > len(times):
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
+    return best_plan(profile, times, gain, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+
+
+def best_plan(
+    profile: SensitivityProfile,
+    times: Tensor,
+    gain: Tensor,
+    sampler: str,
+    reuse: str,
+    correct: bool,
+    nfe: int | None,
+    rtol: float | None,
+    problem: Callable[..., Problem] = Problem,
+) -> Plan:
+    """`plan_for` a sampler known by its query times (T,), dx_K / dv_j (T,) and name; `problem` makes its problem."""
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
-    problems = [Problem(times, gain, profile.gram_at(times), reuse, name, correct) for name in ("t", logarithm)]
+    problems = [problem(times, gain, profile.gram_at(times), reuse, name, correct) for name in ("t", logarithm)]
     most = len(times) if rtol is not None else nfe or -(-len(times) // 2)
-    found = [schedules(problem, most) for problem in problems]
+    found = [schedules(one, most) for one in problems]
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
 
     def best(n: int) -> Plan:
-        plans = [expectation(problem, nodes[n - 1], size) for problem, nodes in zip(problems, found, strict=True)]
+        plans = [expectation(one, nodes[n - 1], size) for one, nodes in zip(problems, found, strict=True)]
         return min(plans, key=lambda plan: float(plan.error.median()))
 
     if rtol is None:
         return best(most)
-    rehearsed, here = profile.facts.get("rehearsed"), sampler_name(stepper, ts)
-    if rehearsed != here:
-        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
+    rehearsed = profile.facts.get("rehearsed")
+    if rehearsed != sampler:
+        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
     promised = (best(n) for n in range(1, most + 1) if profile.factor(n) < torch.inf)
     keeps = (plan for plan in promised if plan.relative_error * profile.factor(len(plan.nodes)) <= rtol)
     return next(keeps, best(most))

@@ -1,0 +1,1 @@
+"""Samplers of other people, in which a field is cached where it is called."""

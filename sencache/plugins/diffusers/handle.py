@@ -1,0 +1,191 @@
+"""A pipeline's cache: what was asked for, what is known, and what the last run did."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sencache.cache import check_model
+from sencache.plan import Plan
+from sencache.plugins.diffusers import methods
+from sencache.plugins.diffusers import sampler as numbers
+from sencache.plugins.diffusers.conditioning import Call
+from sencache.plugins.diffusers.decide import Options
+from sencache.plugins.diffusers.hooks import held, hook, unhook
+from sencache.plugins.diffusers.known import Known
+from sencache.plugins.diffusers.plans import plan_of
+from sencache.plugins.diffusers.store import Store, models_fingerprint, sampler_name
+from sencache.plugins.diffusers.trajectory import Trajectory
+from sencache.profile import SensitivityProfile
+from sencache.report import Report
+
+
+class Handle:
+    """What `enable` returns.
+
+    report: the record of the last run, also of one that raised. profile, plan: what it went by.
+    """
+
+    def __init__(self, pipe: Any, options: Options, profile: SensitivityProfile | None, folder: str | Path | None):
+        self.pipe, self.options, self.given, self.store = pipe, options, profile, Store(folder)
+        self.report = Report()  # of the last run
+        self.known: Known | None = None  # of the last run
+        self._trajectory: Trajectory | None = None
+        self._plans: dict[tuple[str, str], Plan | None] = {}
+        self._samplers: dict[str, numbers.Sampler] = {}
+        self._hooked: list[Any] = []
+        self._context = ""
+        self._inside = False
+        self._attach()
+        hook(pipe, self, methods.of_pipeline)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The schedule of the last run, where it had one."""
+        return None if self.known is None else self.known.plan
+
+    @property
+    def profile(self) -> SensitivityProfile | None:
+        """What the last run went by, or measured."""
+        if self.known is None:
+            return None
+        return self.known.profile or self.store.find(self.known.model, self.known.name)
+
+    def disable(self) -> None:
+        """Restore the pipeline and everything in it; the report stays."""
+        for thing in [*self._hooked, self.pipe]:
+            unhook(thing, self)
+        self._hooked = []
+
+    def models(self) -> dict[str, Any]:
+        """The pipeline's transformers (or its UNet), by name."""
+        parts = self.pipe.components.items()
+        return {name: one for name, one in parts if one is not None and name.startswith(("transformer", "unet"))}
+
+    def owns(self, thing: Any) -> bool:
+        """Whether a call of `thing` belongs to the present run and is not inside another call."""
+        return not self._inside and held(thing, self)
+
+    def _attach(self) -> None:
+        """Hook what the pipeline is made of now; parts may have been exchanged since the last run."""
+        models, scheduler = self.models(), getattr(self.pipe, "scheduler", None)
+        if not models:
+            raise ValueError(
+                f"Expected a diffusers pipeline with a `transformer`; {type(self.pipe).__name__} has "
+                f"{', '.join(self.pipe.components)}."
+            )
+        numbers.check_scheduler(scheduler)
+        parts = [*models.values(), scheduler]
+        inner = [_inner(model) for model in models.values()]
+        for thing in self._hooked:
+            if not any(thing is part for part in [*parts, *inner]):
+                unhook(thing, self)
+        for thing in parts:
+            if not held(thing, self):
+                hook(thing, self, methods.of_scheduler if thing is scheduler else methods.of_model)
+        self._hooked = [thing for thing in [*parts, *inner] if held(thing, self)]
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """One run of the pipeline; its memory is dropped at the end, come what may."""
+        self._attach()
+        outer, token = self._trajectory, methods.CURRENT.set(self)
+        self._trajectory, self.report, self.known, self._context = None, Report(), None, ""
+        try:
+            yield
+            self._look_back()
+        finally:
+            self._end()
+            self._trajectory = outer
+            methods.CURRENT.reset(token)
+
+    def begin(self, scheduler: Any) -> None:
+        """The scheduler has a new grid: another trajectory."""
+        self._end()
+        self._trajectory = Trajectory(scheduler, self.options, self.report, self._know)
+
+    def ask(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a model in the present run."""
+        name = next(name for name, one in self.models().items() if one is model or _inner(one) is model)
+        if self._trajectory is None or self._trajectory.over:
+            self.begin(self.pipe.scheduler)
+        assert self._trajectory is not None
+        call = Call(name, self._context, args, kwargs, self.options.key)
+        self._inside = True
+        try:
+            return self._trajectory.ask(self.pipe.scheduler, call, functools.partial(forward, *args, **kwargs))
+        finally:
+            self._inside = False
+
+    def step(self, scheduler: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step of the scheduler in the present run."""
+        run = functools.partial(forward, *args, **kwargs)
+        if self._trajectory is None:
+            return run()
+        return self._trajectory.step(scheduler, numbers.arguments(scheduler, args, kwargs), run)
+
+    @contextmanager
+    def named(self, context: str) -> Iterator[None]:
+        """diffusers' name for the calls inside."""
+        outer, self._context = self._context, context
+        try:
+            yield
+        finally:
+            self._context = outer
+
+    def _know(self, scheduler: Any, given: dict[str, Any], start: int) -> Known:
+        times = numbers.clock(scheduler)[start:]
+        name, options = sampler_name(scheduler, given, times), self.options
+        if options.tolerance == 0:
+            self.known = Known(name)
+            return self.known
+        if name not in self._samplers:
+            self._samplers[name] = numbers.probe(scheduler, given, start)
+        sampler, model = self._samplers[name], models_fingerprint(self.models())
+        if self.given is not None:
+            check_model(self.given, model)
+        planned = options.tolerance is None
+        profile = self.given or (self.store.find(model, name) if planned else None)
+        plan, full = None, options.nfe is not None and options.nfe >= len(sampler.times)
+        if planned and profile is not None and not full:
+            if (model, name) not in self._plans:
+                self._plans[model, name] = plan_of(profile, sampler, name, options)
+            plan = self._plans[model, name]
+        self.known = Known(name, model, sampler, profile, plan, planned and profile is None and not full)
+        return self.known
+
+    def _end(self) -> None:
+        """The present trajectory is done, or given up."""
+        if self._trajectory is None:
+            return
+        known, measured = self._trajectory.known, self._trajectory.measured
+        if known is not None and known.measures and known.sampler is not None and self._trajectory.over:
+            facts = {"fingerprint": known.model, "sampler": known.name}
+            self.store.keep(known.model, known.name, measured.profile(known.sampler, facts))
+        self._trajectory.forget()
+        self._trajectory = None
+
+    def _look_back(self) -> None:
+        """Warn where a run was not what the user had in mind."""
+        known, calls = self.known, len(self.report.trace)
+        if not calls:
+            warnings.warn(
+                f"sencache is enabled on this {type(self.pipe).__name__} and saw no call of a transformer in this run, "
+                "so that nothing was saved.",
+                stacklevel=4,
+            )
+        elif known is not None and known.sampler is not None and not known.measures and not self.report.reuses.any():
+            new = len({query.branch for query in self.report.trace}) > calls / 2
+            why = "Ask for less (`nfe`) or allow more (`tolerance`)."
+            if new:
+                why = "The transformer was given something new in every call; if it means the same, say so with `key=`."
+            warnings.warn(f"sencache reused nothing in this run of {calls} transformer calls. {why}", stacklevel=4)
+
+
+def _inner(model: Any) -> Any:
+    """What `torch.compile` has wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)

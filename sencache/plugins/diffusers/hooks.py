@@ -1,0 +1,59 @@
+"""Methods of a single object overridden, and restored: the class of that object is replaced, no class is changed.
+
+A forward hook, or a method set on the instance, is lost when weights are offloaded or recompiled; the class is not. A
+copy, a pickle or a saved folder of the object has its own class, and so has an object made by `type(thing)(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MARK = "_sencache_holders"
+
+
+def hook(thing: Any, holder: object, methods: Callable[[type], Mapping[str, Any]]) -> None:
+    """Override methods of `thing` on behalf of `holder`; `methods` is given the class of `thing` and returns them.
+
+    Of several holders the first one's methods stay until the last one has let go.
+    """
+    base = type(thing)
+    if MARK in vars(base):
+        vars(base)[MARK].append(holder)
+        return
+
+    class Maker(type(base)):  # type: ignore[misc]
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return base(*args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        found: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        if isinstance(found, str):
+            return found
+        make, args, *rest = found
+        plain = [base if part is cls else part for part in (make, *args)]
+        return (plain[0], tuple(plain[1:]), *rest)
+
+    space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    cls = Maker(base.__name__, (base,), {**space, "__reduce_ex__": reduce, MARK: [holder], **methods(base)})
+    object.__setattr__(thing, "__class__", cls)
+
+
+def unhook(thing: Any, holder: object) -> None:
+    """Let go of `thing`; the last holder restores its class. Nothing happens where `holder` holds nothing."""
+    present = holders(thing)
+    if held(thing, holder):
+        present.remove(holder)
+        if not present:
+            object.__setattr__(thing, "__class__", type(thing).__bases__[0])
+
+
+def holders(thing: Any) -> list[object]:
+    """On whose behalf methods of `thing` are overridden."""
+    found: list[object] = vars(type(thing)).get(MARK, [])
+    return found
+
+
+def held(thing: Any, holder: object) -> bool:
+    """Whether `holder` has hooked `thing`."""
+    return any(one is holder for one in holders(thing))
