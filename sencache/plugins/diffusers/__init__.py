@@ -38,6 +38,7 @@ def enable(
         one that measures itself; what it measured is kept in `folder` for all later runs and sessions.
     nfe: of how many times in a run the transformer is evaluated, once for each conditioning; by default half of them.
     rtol, tolerance, max_reuses, reuse, correct, norm: as in `CachedField`; the unit of time is the training timestep.
+        `rtol` needs `handle.rehearse(...)` first.
         Under `tolerance` and without a profile the change of the state is that of the guided trajectory.
     key: what tells conditionings apart, a function of a transformer call's (args, kwargs). By default everything that
         the call is given besides state and time is compared.
@@ -48,8 +49,6 @@ def enable(
     followed.
     """
     check_options(nfe, rtol, tolerance, max_reuses, reuse, correct)
-    if rtol is not None and profile is None:
-        raise ValueError("`rtol` needs a rehearsed profile: give `profile`, or say how much to pay with `nfe`.")
     corrects = reuse != "hold" if correct is None else correct
     options = Options(nfe, rtol, tolerance, max_reuses, reuse, corrects, norm, key)
     if not hasattr(pipe, "components"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sencache.cache import check_model
 from sencache.plan import Plan
@@ -18,10 +20,12 @@ from sencache.plugins.diffusers.decide import Options
 from sencache.plugins.diffusers.hooks import held, hook, unhook
 from sencache.plugins.diffusers.known import Known
 from sencache.plugins.diffusers.plans import plan_of
+from sencache.plugins.diffusers.rehearse import rehearse
 from sencache.plugins.diffusers.store import Store, models_fingerprint, sampler_name
 from sencache.plugins.diffusers.trajectory import Trajectory
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
+from sencache.trees import tensors
 
 
 class Handle:
@@ -35,7 +39,8 @@ class Handle:
         self.report = Report()  # of the last run
         self.known: Known | None = None  # of the last run
         self._trajectory: Trajectory | None = None
-        self._plans: dict[tuple[str, str], Plan | None] = {}
+        self.ends: list[Tensor] | None = None  # last states, while rehearsing
+        self._plans: dict[tuple[str, str, Options], Plan] = {}
         self._samplers: dict[str, numbers.Sampler] = {}
         self._hooked: list[Any] = []
         self._context = ""
@@ -54,6 +59,19 @@ class Handle:
         if self.known is None:
             return None
         return self.known.profile or self.store.find(self.known.model, self.known.name)
+
+    def rehearse(self, runs: Sequence[Callable[[], Any]], budgets: tuple[int, ...] = ()) -> SensitivityProfile:
+        """Try plans on fresh `runs` of the pipeline, so that `rtol` can be promised; see `rehearse.rehearse`."""
+        return rehearse(self, runs, budgets)
+
+    def keep(self, profile: SensitivityProfile) -> None:
+        """Go by another profile of the last run's model and sampler from now on."""
+        assert self.known is not None
+        self._plans = {}
+        if self.given is not None:
+            self.given = profile
+        else:
+            self.store.keep(self.known.model, self.known.name, profile)
 
     def disable(self) -> None:
         """Restore the pipeline and everything in it; the report stays."""
@@ -126,7 +144,10 @@ class Handle:
         run = functools.partial(forward, *args, **kwargs)
         if self._trajectory is None:
             return run()
-        return self._trajectory.step(scheduler, numbers.arguments(scheduler, args, kwargs), run)
+        result = self._trajectory.step(scheduler, numbers.arguments(scheduler, args, kwargs), run)
+        if self.ends is not None and self._trajectory.over:
+            self.ends.append(tensors(result)[0].clone())
+        return result
 
     @contextmanager
     def named(self, context: str) -> Iterator[None]:
@@ -152,9 +173,9 @@ class Handle:
         profile = self.given or (self.store.find(model, name) if planned else None)
         plan, full = None, options.nfe is not None and options.nfe >= len(sampler.times)
         if planned and profile is not None and not full:
-            if (model, name) not in self._plans:
-                self._plans[model, name] = plan_of(profile, sampler, name, options)
-            plan = self._plans[model, name]
+            if (model, name, options) not in self._plans:
+                self._plans[model, name, options] = plan_of(profile, sampler, name, options)
+            plan = self._plans[model, name, options]
         self.known = Known(name, model, sampler, profile, plan, planned and profile is None and not full)
         return self.known
 
@@ -176,14 +197,14 @@ class Handle:
             warnings.warn(
                 f"sencache is enabled on this {type(self.pipe).__name__} and saw no call of a transformer in this run, "
                 "so that nothing was saved.",
-                stacklevel=4,
+                stacklevel=5,
             )
         elif known is not None and known.sampler is not None and not known.measures and not self.report.reuses.any():
             new = len({query.branch for query in self.report.trace}) > calls / 2
             why = "Ask for less (`nfe`) or allow more (`tolerance`)."
             if new:
                 why = "The transformer was given something new in every call; if it means the same, say so with `key=`."
-            warnings.warn(f"sencache reused nothing in this run of {calls} transformer calls. {why}", stacklevel=4)
+            warnings.warn(f"sencache reused nothing in this run of {calls} transformer calls. {why}", stacklevel=5)
 
 
 def _inner(model: Any) -> Any:

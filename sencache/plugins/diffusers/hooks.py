@@ -6,6 +6,7 @@ copy, a pickle or a saved folder of the object has its own class, and so has an 
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,8 +32,9 @@ def hook(thing: Any, holder: object, methods: Callable[[type], Mapping[str, Any]
         if isinstance(found, str):
             return found
         make, args, *rest = found
-        plain = [base if part is cls else part for part in (make, *args)]
-        return (plain[0], tuple(plain[1:]), *rest)
+        if make is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]
+            return (copyreg._reconstructor, (base, object, None), *rest)  # type: ignore[attr-defined]
+        return (base if make is cls else make, args, *rest)
 
     space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     cls = Maker(base.__name__, (base,), {**space, "__reduce_ex__": reduce, MARK: [holder], **methods(base)})

@@ -18,6 +18,7 @@ from sencache.plugins.diffusers.hooks import holders
 CURRENT: ContextVar[Any] = ContextVar("the sencache handle of the pipeline that is running", default=None)
 
 
+@torch.compiler.disable
 def _current(thing: Any) -> Any:
     """The handle whose run a call of `thing` belongs to, or None."""
     handle = CURRENT.get()

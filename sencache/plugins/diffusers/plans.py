@@ -48,7 +48,8 @@ def plan_of(
 ) -> Plan:
     """The best plan on a scheduler's grid.
 
-    Raises ValueError where the profile does not cover the grid, or `nfe` is less than one evaluation a model.
+    Raises ValueError where the profile does not cover the grid or was not rehearsed for an `rtol`, and where `nfe` is
+    less than one evaluation a model.
     """
     times, nfe = sampler.times, options.nfe
     if not profile.covers(times).all():
@@ -56,6 +57,8 @@ def plan_of(
             f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and this run goes from "
             f"{times[0]:g} to {times[-1]:g}. Leave `profile` out, and the first run measures itself."
         )
+    if options.rtol is not None and profile.budgets is None:
+        raise ValueError("`rtol` needs plans that were rehearsed on this pipeline: `handle.rehearse([run, run, ...])`.")
     passed = [
         (times - at) * profile.direction >= -1e-6 * (times[0] - times[-1]).abs()
         for at in profile.facts.get("crossings", [])

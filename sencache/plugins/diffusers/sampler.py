@@ -84,9 +84,9 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def kept(scheduler: Any, result: tuple[Any, ...], shape: torch.Size) -> dict[Slot, Tensor]:
+def kept(scheduler: Any, result: Any, shape: torch.Size) -> dict[Slot, Tensor]:
     """Every tensor of `shape` that a step returned or that the scheduler remembers, by where it is."""
-    places: dict[str, Any] = {"": result, **vars(scheduler)}
+    places: dict[str, Any] = {"": tensors(result), **vars(scheduler)}
     found = {}
     for name, place in places.items():
         for i, part in enumerate(place if isinstance(place, list | tuple) else [place]):

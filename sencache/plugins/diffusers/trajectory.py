@@ -65,17 +65,15 @@ class Trajectory:
         """What the scheduler's step returns, given these arguments, with what was owed repaid."""
         if self.start is None or not self.notes:
             return forward()  # nothing was asked of us
-        self._check(scheduler, given)
-        k, batch = self.k - self.start, len(given["sample"])
+        self._stand(scheduler, given["timestep"])
         if self.known is None:
-            self._begin(scheduler, given, batch)
-        assert self.known is not None
+            self.known = self._begin(scheduler, given)
+        k = self.k - self.start
         result = forward()
         if self.known.measures:
             self.measured.add(given["model_output"], tensors(result)[0])
         if self.debts is not None:
-            returned = result if isinstance(result, tuple) else tuple(tensors(result))
-            states = numbers.kept(scheduler, returned, given["sample"].shape)
+            states = numbers.kept(scheduler, result, given["sample"].shape)
             changed = self.debts.settle(k, self.notes, given["model_output"], states)
             result = numbers.put(scheduler, result, changed) if changed else result
         if isinstance(criterion := self.run.rule.criterion, Drift | Agreed):
@@ -84,26 +82,31 @@ class Trajectory:
         self.k += 1
         return result
 
-    def _begin(self, scheduler: Any, given: dict[str, Any], batch: int) -> None:
-        """At the first step it is known how the scheduler is used, and so what to do with the rest."""
-        uneven = {name for name, value in given.items() if isinstance(value, Tensor) and value.ndim and name not in OWN}
-        self.known = self.know(
-            scheduler, {name: value for name, value in given.items() if name not in uneven}, self.start
-        )
-        if self.known.sampler is None:
-            return
-        self.debts = Debts(self.known.sampler, batch, self.options.correct and not uneven)
-        self.run.rule = rule_of(self.options, self.known.plan, self.known.profile, self.debts)
+    def _begin(self, scheduler: Any, given: dict[str, Any]) -> Known:
+        """At the first step it is seen how the scheduler is used, and so what to do with the rest."""
+        uneven = {name for name, value in given.items() if isinstance(value, Tensor) and name not in OWN}
+        known = self.know(scheduler, {name: one for name, one in given.items() if name not in uneven}, self.start)
+        if known.sampler is not None:
+            x, y = given["sample"], given["model_output"]
+            pays = self.options.correct and not uneven and x.shape == y.shape  # else weights differ within a sample
+            self.debts = Debts(known.sampler, len(x), pays)
+            self.run.rule = rule_of(self.options, known.plan, known.profile, self.debts)
+        return known
 
-    def _check(self, scheduler: Any, given: dict[str, Any]) -> None:
-        """Raise where a step is not at the time at which the grid stands."""
-        steps = scheduler.timesteps
-        if len(steps) != len(self.times) or float(given["timestep"]) != float(steps[self.k]):
-            raise RuntimeError(
-                f"Step {self.k} of {type(scheduler).__name__} was taken at {float(given['timestep']):g}, and its grid "
-                f"has {float(steps[min(self.k, len(steps) - 1)]):g} there: this pipeline steps in a way that the cache "
-                "cannot follow. Disable it here: `sencache.disable(pipe)`."
-            )
+    def _stand(self, scheduler: Any, timestep: Any) -> None:
+        """Make sure that the step to be taken is the one that the grid stands at; the first one may be anywhere."""
+        steps, t = scheduler.timesteps.double().cpu(), float(torch.as_tensor(timestep).flatten()[0])
+        if len(steps) == len(self.times) and float(steps[self.k]) == t:
+            return
+        hits = (steps == t).nonzero()
+        if self.known is None and len(hits) and len(steps) == len(self.times):
+            self.start = self.k = int(hits[0])
+            self.run.branches.clear()  # what was asked was noted down at another time
+            return
+        raise RuntimeError(
+            f"{type(scheduler).__name__} was stepped at {t:g}, and its grid stands at {float(steps[self.k]):g}: this "
+            "pipeline steps in a way that the cache cannot follow. Disable it here: `sencache.disable(pipe)`."
+        )
 
     def forget(self) -> None:
         """Drop every tensor that is held."""
