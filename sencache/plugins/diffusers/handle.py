@@ -90,7 +90,8 @@ class Handle:
 
     def _attach(self) -> None:
         """Hook what the pipeline is made of now; parts may have been exchanged since the last run."""
-        models, scheduler = self.models(), getattr(self.pipe, "scheduler", None)
+        self._models = models = self.models()
+        scheduler = getattr(self.pipe, "scheduler", None)
         if not models:
             raise ValueError(
                 f"Expected a diffusers pipeline with a `transformer`; {type(self.pipe).__name__} has "
@@ -121,16 +122,16 @@ class Handle:
             self._trajectory = outer
             methods.CURRENT.reset(token)
 
-    def begin(self, scheduler: Any) -> None:
+    def begin(self) -> None:
         """The scheduler has a new grid: another trajectory."""
         self._end()
-        self._trajectory = Trajectory(scheduler, self.options, self.report, self._know)
+        self._trajectory = Trajectory(self.options, self.report, self._know)
 
     def ask(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model in the present run."""
-        name = next(name for name, one in self.models().items() if one is model or _inner(one) is model)
+        name = next(name for name, one in self._models.items() if one is model or _inner(one) is model)
         if self._trajectory is None or self._trajectory.over:
-            self.begin(self.pipe.scheduler)
+            self.begin()
         assert self._trajectory is not None
         call = Call(name, self._context, args, kwargs, self.options.key)
         self._inside = True
@@ -166,7 +167,7 @@ class Handle:
             return self.known
         if name not in self._samplers:
             self._samplers[name] = numbers.probe(scheduler, given, start)
-        sampler, model = self._samplers[name], models_fingerprint(self.models())
+        sampler, model = self._samplers[name], models_fingerprint(self._models)
         if self.given is not None:
             check_model(self.given, model)
         planned = options.tolerance is None
@@ -186,7 +187,9 @@ class Handle:
         known, measured = self._trajectory.known, self._trajectory.measured
         if known is not None and known.measures and known.sampler is not None and self._trajectory.over:
             facts = {"fingerprint": known.model, "sampler": known.name}
-            self.store.keep(known.model, known.name, measured.profile(known.sampler, facts))
+            profile = measured.profile(known.sampler, facts)
+            if profile.gram is not None and profile.gram.isfinite().all():
+                self.store.keep(known.model, known.name, profile)
         self._trajectory.forget()
         self._trajectory = None
 

@@ -71,7 +71,7 @@ def of_scheduler(base: type) -> dict[str, Callable[..., Any]]:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result, handle = set_original(self, *args, **kwargs), _current(self)
         if handle is not None:
-            handle.begin(self)
+            handle.begin()
         return result
 
     @functools.wraps(step_original)

@@ -36,9 +36,9 @@ class Trajectory:
     know: asked at the first step for what is known of this sampler: (scheduler, arguments of the step, first call).
     """
 
-    def __init__(self, scheduler: Any, options: Options, report: Report, know: Callable[..., Known]):
+    def __init__(self, options: Options, report: Report, know: Callable[..., Known]):
         self.options, self.know = options, know
-        self.times = numbers.clock(scheduler)  # (N,)
+        self.times = torch.zeros(0)  # (N,) of the grid, once it is walked
         self.notes = Notes()  # what the calls since the last step did
         self.run = Run(lambda x, t, conditioning, forward: forward(), everything(options.norm), lambda args, _: args[0])
         self.run.report, self.run.ledger = report, self.notes
@@ -51,11 +51,12 @@ class Trajectory:
     @property
     def over(self) -> bool:
         """Whether the grid has been walked to its end."""
-        return self.k == len(self.times)
+        return self.start is not None and self.k == len(self.times)
 
     def ask(self, scheduler: Any, call: Call, forward: Callable[[], Any]) -> Any:
         """The answer of a model, evaluated or from memory."""
         if self.start is None:
+            self.times = numbers.clock(scheduler)
             self.start = self.k = _first(scheduler, call.timestep)
         if not self.notes:
             self.measured.models.append(call.where[0])
