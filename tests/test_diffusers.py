@@ -169,8 +169,8 @@ def test_a_boundary_between_two_transformers_is_evaluated():
     assert crossing in handle.plan.nodes
     first = [query for query in handle.report.trace if query.branch >= 2][:2]  # of the second transformer
     assert not any(query.reused.any() for query in first)
+    sencache.enable(pipe, nfe=1)
     with pytest.raises(ValueError, match="2 models take turns"):
-        sencache.enable(pipe, nfe=1)
         run_wan(pipe, 12)
 
 

@@ -105,9 +105,7 @@ def cogvideox(scheduler: Any = None, *, image: bool = False, seed: int = 0) -> A
         rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=3.0,
     )  # fmt: skip
     kind = diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline
-    pipe = kind(
-        tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=lively(transformer), scheduler=scheduler
-    )
+    pipe = kind(tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=lively(transformer), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -153,7 +151,8 @@ def run_ltx(pipe: Any, steps: int = 12, guidance: float = 3.0, seed: int = 0, **
     given = {"prompt_embeds": prompt(1), "negative_prompt_embeds": prompt(2)} | options
     return pipe(
         height=32, width=32, num_frames=9, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-        prompt_attention_mask=mask, negative_prompt_attention_mask=mask, generator=generator, return_dict=False, **given,
+        prompt_attention_mask=mask, negative_prompt_attention_mask=mask, generator=generator, return_dict=False,
+        **given,
     )[0]  # fmt: skip
 
 

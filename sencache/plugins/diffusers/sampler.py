@@ -68,7 +68,12 @@ def clock(scheduler: Any) -> Tensor:
 
 def arguments(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `scheduler.step`, by name."""
-    return dict(inspect.signature(scheduler.step).bind(*args, **kwargs).arguments)
+    signature = inspect.signature(scheduler.step)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, one in signature.parameters.items():
+        if one.kind is one.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -117,7 +122,7 @@ def probe(scheduler: Any, given: Mapping[str, Any], start: int) -> Sampler:
     """
     times = clock(scheduler)[start:]
     size = len(times)
-    mixture = torch.linspace(-1, 1, size, dtype=torch.float64).cos()[:, None]  # one combination, to see it is linear
+    mixture = torch.linspace(-1, 0.7, size, dtype=torch.float64)[:, None]  # one combination, to see that it is linear
     outputs = torch.cat([torch.eye(size, dtype=torch.float64), mixture], 1)
     state = torch.get_rng_state()
     try:
