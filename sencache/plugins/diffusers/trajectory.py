@@ -25,7 +25,7 @@ from sencache.plugins.diffusers.sampler import Sampler
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.run import Run
-from sencache.trees import tensors
+from sencache.trees import replace, tensors
 
 ELEMENTS = 1 << 18  # of an output, from which inner products are measured: their standard error is below 0.3 %
 
@@ -60,7 +60,10 @@ class Trajectory:
             self.start = self.k = _first(scheduler, call.timestep)
         if not self.notes:
             self.measured.models.append(call.where[0])
-        return self.run(call.x, self.times[self.k], call.turn(len(self.notes)), forward)
+        t, conditioning = self.times[self.k], call.turn(len(self.notes))
+        if isinstance(call.x, Tensor):
+            return self.run(call.x, t, conditioning, forward)
+        return _map(self.run(_map(call.x, _row), t, conditioning, lambda: _map(forward(), _row)), _only)
 
     def step(self, scheduler: Any, given: dict[str, Any], forward: Callable[[], Any]) -> Any:
         """What the scheduler's step returns, given these arguments, with what was owed repaid."""
@@ -147,6 +150,19 @@ class Measurement:
         facts = {**facts, "along": "its own trajectories", "samples": len(y), "crossings": crossings}
         gram = y @ y.mT / y.shape[2]
         return SensitivityProfile(sampler.times, unmeasured, unmeasured, gram=gram, size=self.size, facts=facts)
+
+
+def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return replace(tree, [change(part) for part in tensors(tree)])
+
+
+def _row(part: Tensor) -> Tensor:
+    """One of a list of samples, which have no batch dimension: they are decided on together, as a batch of one."""
+    return part[None]
+
+
+def _only(part: Tensor) -> Tensor:
+    return part[0]
 
 
 def _first(scheduler: Any, timestep: Any) -> int:
