@@ -10,6 +10,7 @@ import torch
 
 import sencache
 from sencache.norms import rms
+from sencache.plugins.diffusers.conditioning import Call
 from tests.tiny_pipelines import (
     cogvideox,
     counted,
@@ -149,6 +150,14 @@ def test_a_held_plan_does_what_a_loop_by_hand_does():
     assert torch.equal(cached, x)
 
 
+def test_calls_that_differ_in_nothing_but_their_turn_in_a_step_are_told_apart():
+    """As those of a perturbed attention, which is set up between the calls."""
+    given = {"hidden_states": torch.zeros(1), "timestep": torch.ones(1), "encoder_hidden_states": prompt(1)}
+    one, other = (Call("transformer", "", (), dict(given), None) for _ in range(2))
+    assert one.turn(0) == other.turn(0)
+    assert one.turn(0) != other.turn(1)
+
+
 def test_equal_prompts_are_two_branches_all_the_same():
     pipe = wan()
     bare = run_wan(pipe, 6, negative_prompt_embeds=prompt(1))
@@ -159,17 +168,25 @@ def test_equal_prompts_are_two_branches_all_the_same():
     assert {query.branch for query in handle.report.trace} == {0, 1}
 
 
-def test_a_boundary_between_two_transformers_is_evaluated():
+@pytest.mark.parametrize("nfe", [2, 3, 5])
+def test_a_boundary_between_two_transformers_is_evaluated_and_planned(nfe):
     pipe = wan(two=True)
-    handle = sencache.enable(pipe, nfe=4)
+    pipe.transformer_2.load_state_dict(pipe.transformer.state_dict())  # for its outputs alone nobody would look there
+    handle = sencache.enable(pipe, nfe=nfe)
     run_wan(pipe, 12)
-    run_wan(pipe, 12)
+    _, count = counted(pipe, lambda: run_wan(pipe, 12))
     crossing = int((pipe.scheduler.timesteps < 875).nonzero()[0])
-    assert 0 < crossing < 11
+    assert 1 < crossing < 11
     assert crossing in handle.plan.nodes
+    assert count == 2 * nfe
     first = [query for query in handle.report.trace if query.branch >= 2][:2]  # of the second transformer
     assert not any(query.reused.any() for query in first)
+
+
+def test_two_transformers_need_two_evaluations():
+    pipe = wan(two=True)
     sencache.enable(pipe, nfe=1)
+    run_wan(pipe, 12)
     with pytest.raises(ValueError, match="2 models take turns"):
         run_wan(pipe, 12)
 
@@ -212,7 +229,11 @@ def test_the_papers_rule_runs_in_a_pipeline():
         pipe = make()
         handle = sencache.enable(pipe, profile, tolerance=0.15, max_reuses=3, reuse="hold")
         _, count = counted(pipe, lambda run=run, pipe=pipe: run(pipe, steps=16))
-        reused = [bool(query.reused.all()) for query in handle.report.trace if query.branch == 0]
+        decisions = [bool(query.reused.all()) for query in handle.report.trace]
+        assert [bool(query.reused.any()) for query in handle.report.trace] == decisions
+        if make is wan:
+            assert decisions[::2] == decisions[1::2]
+        reused = decisions[:: len({query.branch for query in handle.report.trace})]
         assert (handle.report.evaluations == count).all()
         assert any(reused)
         assert [True] * 4 not in [reused[k : k + 4] for k in range(13)]  # n = 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -66,6 +68,11 @@ def test_no_class_is_touched(cached):
     assert is_restored(pipe)
     assert vars(pipe.scheduler).keys() == vars(other.scheduler).keys()
     assert vars(pipe.transformer).keys() == vars(other.transformer).keys()
+
+
+def test_the_library_and_its_plugin_import_no_diffusers():
+    code = "import sys, sencache; sencache.enable; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_enabling_again_replaces_and_disabling_twice_does_no_harm(bare, cached):

@@ -13,13 +13,17 @@ from sencache.plugins.diffusers.store import default_folder
 from tests.tiny_pipelines import (
     cogvideox,
     counted,
+    flux,
     image_vae,
     lively,
+    ltx,
     prompt,
     run_wan,
     sd3,
     wan,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of schedulers, in NumPy
 
 
 def calls(pipe, run=run_wan, **options):
@@ -54,7 +58,9 @@ def test_a_profile_is_of_one_model_one_scheduler_with_its_settings_and_one_grid(
     assert first_run_is_full(wan(seed=1))
     assert first_run_is_full(wan(), steps=9)
     assert first_run_is_full(wan(diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)))
-    assert first_run_is_full(wan(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True)))
+    for order in (1, 2):  # on the same grid
+        unipc = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "solver_order": order}
+        assert first_run_is_full(wan(diffusers.UniPCMultistepScheduler.from_config(unipc)))
     pipe = wan()
     with torch.no_grad():
         pipe.transformer.proj_out.weight.mul_(1.01)  # another checkpoint
@@ -193,31 +199,63 @@ def test_an_error_asked_for_needs_rehearsal_and_is_kept(tmp_path):
         handle.rehearse([])
 
 
-def test_pipelines_that_begin_in_the_middle_of_the_grid(tmp_path):
-    """Image to image, whose scheduler says where it begins, and video to video, whose scheduler does not."""
-    refine = diffusers.StableDiffusion3Img2ImgPipeline(**sd3().components)
-    edit = diffusers.CogVideoXVideoToVideoPipeline(**cogvideox().components)
-    for pipe, given in ((refine, {"image": torch.rand(1, 3, 8, 8)}), (edit, {"video": torch.rand(1, 9, 3, 16, 16)})):
-        pipe.set_progress_bar_config(disable=True)
+@pytest.mark.parametrize("which", ["SD3", "Flux in half precision", "CogVideoX"])
+def test_pipelines_that_begin_in_the_middle_of_the_grid(which, tmp_path):
+    """From an image, where the scheduler says where it begins, and from a video, where the timestep does."""
+    image = {"image": torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    if which == "SD3":
+        pipe, given = diffusers.StableDiffusion3Img2ImgPipeline(**sd3().components), image
+    elif which == "CogVideoX":
+        pipe, given = (
+            diffusers.CogVideoXVideoToVideoPipeline(**cogvideox().components),
+            {"video": torch.rand(1, 9, 3, 16, 16, generator=torch.Generator().manual_seed(0))},
+        )
+    else:
+        parts = flux().components | {"image_encoder": None, "feature_extractor": None}
+        pipe, given = diffusers.FluxImg2ImgPipeline(**parts).to(torch.bfloat16), image
+    pipe.set_progress_bar_config(disable=True)
 
-        def run(pipe=pipe, given=given):
-            return start_in_the_middle(pipe, given)
+    def run():
+        return start_in_the_middle(pipe, given)
 
-        bare, count = counted(pipe, run)
-        assert count == 9
-        handle = sencache.enable(pipe, nfe=4, folder=tmp_path)
-        assert torch.equal(run(), bare)
-        out, count = counted(pipe, run)
-        assert count == 4 == int(handle.report.evaluations[0])
-        assert rms(out - bare).max() < 0.02 * rms(bare).max()
+    bare, count = counted(pipe, run)
+    assert count == 9
+    handle = sencache.enable(pipe, nfe=4, folder=tmp_path)
+    assert torch.equal(run(), bare)
+    out, count = counted(pipe, run)
+    assert count == 4 == int(handle.report.evaluations[0])
+    assert rms(out - bare).max() < 0.02 * rms(bare).max()
+
+
+def test_tokens_with_times_of_their_own_are_planned_for_and_not_corrected(tmp_path):
+    pipe = diffusers.LTXConditionPipeline(**ltx(image=True).components)
+    pipe.set_progress_bar_config(disable=True)
+    image, mask = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.ones(1, 6)
+
+    def run(steps=12):
+        return pipe(
+            image=image, prompt_embeds=prompt(1), negative_prompt_embeds=prompt(2), prompt_attention_mask=mask,
+            negative_prompt_attention_mask=mask, height=32, width=32, num_frames=9, num_inference_steps=steps,
+            guidance_scale=3.0, output_type="latent", generator=torch.Generator().manual_seed(0), return_dict=False,
+        )[0]  # fmt: skip
+
+    bare, half = run(), run(6)
+    sencache.enable(pipe, nfe=6, folder=tmp_path)
+    assert torch.equal(run(), bare)
+    out = run()
+    assert rms(out - bare) < 0.5 * rms(half - bare)
+    sencache.enable(pipe, nfe=6, folder=tmp_path, correct=False)
+    assert counted(pipe, run)[1] == 6
 
 
 def start_in_the_middle(pipe, given):
     embeds = {"prompt_embeds": prompt(1), "negative_prompt_embeds": prompt(2)}
     size = {"height": 16, "width": 16}
-    if isinstance(pipe, diffusers.StableDiffusion3Img2ImgPipeline):
+    if not isinstance(pipe, diffusers.CogVideoXVideoToVideoPipeline):
         embeds |= {"pooled_prompt_embeds": prompt(3)[:, 0], "negative_pooled_prompt_embeds": prompt(4)[:, 0]}
         size = {"height": 8, "width": 8}
+    if isinstance(pipe, diffusers.FluxImg2ImgPipeline):
+        embeds = {name: embed.to(torch.bfloat16) for name, embed in embeds.items() if "negative" not in name}
     generator = torch.Generator().manual_seed(0)
     return pipe(
         **embeds, **given, **size, strength=0.6, num_inference_steps=15, guidance_scale=3.0, output_type="latent",
@@ -225,7 +263,6 @@ def start_in_the_middle(pipe, given):
     )[0]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of the scheduler, in NumPy
 def test_a_unet_takes_the_same_path(tmp_path):
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(

@@ -74,25 +74,6 @@ class Drift:
         self.said = self.said.masked_fill(debts.closes, 0) + gain * elapsed * rate
 
 
-class Agreed:
-    """Another criterion, whose word for the first call of a step is the word for all of them."""
-
-    def __init__(self, criterion: Criterion, batch: int):
-        self.criterion, self.direction, self.batch = criterion, criterion.direction, batch
-        self.said: Tensor | None = None  # (B,)
-
-    def predicted(self, seen: Look) -> Tensor:
-        own = self.criterion.predicted(seen)
-        if self.said is None:
-            rows = own.reshape(-1, self.batch) if len(own) % self.batch == 0 else own.max().expand(1, self.batch)
-            self.said = rows.max(0).values
-        return torch.where(seen.distance.isfinite(), unfold(self.said, len(own)), torch.inf)
-
-    def stepped(self, k: int) -> None:
-        """Call k is done."""
-        self.said = None
-
-
 class Unknown:
     """Nothing is known, and everything is evaluated."""
 
@@ -117,5 +98,5 @@ def rule_of(options: Options, plan: Plan | None, profile: SensitivityProfile | N
     if profile is None:
         criterion: Criterion = Drift(debts, options.norm)
         return Rule(criterion, epsilon, options.most(math.inf), phi, VARIABLES["t"], options.norm)
-    criterion = Agreed(Sensitivities(profile), len(debts.closes))
+    criterion = Sensitivities(profile)  # of x and t, which are the same for every conditioning
     return Rule(criterion, epsilon, options.most(3), phi, VARIABLES["t"], options.norm)

@@ -45,14 +45,15 @@ def clock(scheduler: Any) -> Tensor:
 
     Raises ValueError where it neither falls nor rises throughout.
     """
-    steps = scheduler.timesteps.double().cpu()
+    steps = scheduler.timesteps.cpu().double()
     sigmas, total = getattr(scheduler, "sigmas", None), float(scheduler.config.get("num_train_timesteps", 1000))
     exact = []
     if isinstance(sigmas, Tensor) and sigmas.ndim == 1 and len(sigmas) > len(steps):
-        sigmas = sigmas[: len(steps)].double().cpu()
+        sigmas = sigmas[: len(steps)].cpu().double()
         exact.append(sigmas * total)  # flow matching: sigma is the time
         if isinstance(table := getattr(scheduler, "alphas_cumprod", None), Tensor):
-            noise = ((1 - table.double()) / table.double()).sqrt().log().cpu().numpy()
+            table = table.cpu().double()
+            noise = ((1 - table) / table).sqrt().log().numpy()
             with np.errstate(divide="ignore"):
                 exact.append(torch.from_numpy(np.interp(np.log(sigmas.numpy()), noise, np.arange(len(noise)))))
     fits = [times for times in exact if (times - steps).abs().max() <= 1]

@@ -19,7 +19,7 @@ from sencache.norms import rms
 from sencache.plugins.diffusers import sampler as numbers
 from sencache.plugins.diffusers.conditioning import Call
 from sencache.plugins.diffusers.debts import Debts
-from sencache.plugins.diffusers.decide import Agreed, Drift, Options, everything, rule_of
+from sencache.plugins.diffusers.decide import Drift, Options, everything, rule_of
 from sencache.plugins.diffusers.known import Known
 from sencache.plugins.diffusers.sampler import Sampler
 from sencache.profile import SensitivityProfile
@@ -80,7 +80,7 @@ class Trajectory:
             states = numbers.kept(scheduler, result, given["sample"].shape)
             changed = self.debts.settle(k, self.notes, given["model_output"], states)
             result = numbers.put(scheduler, result, changed) if changed else result
-        if isinstance(criterion := self.run.rule.criterion, Drift | Agreed):
+        if isinstance(criterion := self.run.rule.criterion, Drift):
             criterion.stepped(k)
         self.notes.clear()
         self.k += 1
@@ -99,7 +99,7 @@ class Trajectory:
 
     def _stand(self, scheduler: Any, timestep: Any) -> None:
         """Make sure that the step to be taken is the one that the grid stands at; the first one may be anywhere."""
-        steps, t = scheduler.timesteps.double().cpu(), float(torch.as_tensor(timestep).flatten()[0])
+        steps, t = scheduler.timesteps.cpu().double(), float(torch.as_tensor(timestep).flatten()[0])
         if len(steps) == len(self.times) and float(steps[self.k]) == t:
             return
         hits = (steps == t).nonzero()
@@ -170,8 +170,8 @@ def _first(scheduler: Any, timestep: Any) -> int:
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return int(begin)
-    steps = scheduler.timesteps.double().cpu()
-    t = torch.as_tensor(timestep).detach().double().max().cpu()
+    steps = scheduler.timesteps.cpu().double()
+    t = torch.as_tensor(timestep).detach().cpu().double().max()
     for unit in (1.0, float(scheduler.config.get("num_train_timesteps", 1000))):
         hits = ((steps - t * unit).abs() <= 1e-3 * (t * unit).abs().clamp(min=1e-3)).nonzero()
         if len(hits):
