@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import diffusers
@@ -10,7 +11,9 @@ import torch
 
 import sencache
 from sencache.norms import rms
+from sencache.plan import Problem
 from sencache.plugins.diffusers.conditioning import Call
+from sencache.plugins.diffusers.plans import Relay
 from tests.tiny_pipelines import (
     cogvideox,
     counted,
@@ -158,6 +161,27 @@ def test_calls_that_differ_in_nothing_but_their_turn_in_a_step_are_told_apart():
     assert one.turn(0) != other.turn(1)
 
 
+def test_calls_under_other_names_are_told_apart():
+    class Swapping(diffusers.WanPipeline):
+        """Calls the same under two names, in changing order."""
+
+        @torch.no_grad()
+        def __call__(self):
+            self.scheduler.set_timesteps(4)
+            x = torch.ones(1, 16, 2, 2, 2)
+            for i, t in enumerate(self.scheduler.timesteps):
+                for name in ("usual", "perturbed")[:: 1 if i % 2 else -1]:
+                    with self.transformer.cache_context(name):
+                        y = self.transformer(x, t.expand(1), prompt(1), return_dict=False)[0]
+                x = self.scheduler.step(y, t, x, return_dict=False)[0]
+
+    pipe = Swapping(**wan().components)
+    handle = sencache.enable(pipe, tolerance=10.0)
+    with pytest.warns(UserWarning, match="reused nothing"):
+        pipe()
+    assert len({query.branch for query in handle.report.trace}) == 4
+
+
 def test_equal_prompts_are_two_branches_all_the_same():
     pipe = wan()
     bare = run_wan(pipe, 6, negative_prompt_embeds=prompt(1))
@@ -205,6 +229,32 @@ def test_a_tolerance_needs_no_measurement_and_one_decision_serves_both_branches(
         counts.append(count)
     assert counts[0] > counts[1]
     assert errors[0] < errors[1] < 0.03
+
+
+def test_what_reuses_may_cost_adds_up_until_the_next_evaluation():
+    """On a uniform grid all steps carry as much, and each reuse is one step further away: 1, 1 + 2, 1 + 2 + 3."""
+    pipe = wan(diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0))
+    handle = sencache.enable(pipe, tolerance=1e6)
+    run_wan(pipe, 8)
+    predicted = torch.cat([query.predicted for query in handle.report.trace if query.branch == 0])
+    assert predicted[:2].isinf().all()
+    sums = torch.tensor([1.0, 3.0, 6.0, 10.0]).double()
+    torch.testing.assert_close(predicted[2:6] / predicted[2], sums, rtol=1e-4, atol=0)
+
+
+def test_nothing_is_continued_or_repaid_across_a_change_of_models():
+    times, gram = torch.linspace(1000, 100, 10).double(), torch.eye(10).double()[None]
+    plain = Problem(times, torch.ones(10).double(), gram, "linear", "t", True)
+    relay = Relay(times, torch.ones(10).double(), gram, "linear", "t", True, starts=(4,))
+
+    def left(problem, before, ref, end):
+        return problem.residual(*(torch.tensor([k]) for k in (before, ref, end)))
+
+    assert torch.equal(left(relay, 2, 4, 7), left(plain, -1, 4, 7))
+    assert torch.equal(left(relay, 5, 6, 9), left(plain, 5, 6, 9))
+    assert torch.equal(left(relay, 0, 2, 4), left(replace(plain, correct=False), 0, 2, 4))
+    assert not torch.equal(left(plain, 0, 2, 4), left(replace(plain, correct=False), 0, 2, 4))
+    assert relay.costs()[:, 2, 5].isinf().all()
 
 
 def test_samples_of_a_batch_decide_for_themselves():

@@ -245,7 +245,9 @@ def test_tokens_with_times_of_their_own_are_planned_for_and_not_corrected(tmp_pa
     out = run()
     assert rms(out - bare) < 0.5 * rms(half - bare)
     sencache.enable(pipe, nfe=6, folder=tmp_path, correct=False)
-    assert counted(pipe, run)[1] == 6
+    uncorrected, count = counted(pipe, run)
+    assert torch.equal(uncorrected, out)
+    assert count == 6
 
 
 def start_in_the_middle(pipe, given):
@@ -261,6 +263,37 @@ def start_in_the_middle(pipe, given):
         **embeds, **given, **size, strength=0.6, num_inference_steps=15, guidance_scale=3.0, output_type="latent",
         generator=generator, return_dict=False,
     )[0]  # fmt: skip
+
+
+def test_a_list_of_samples_is_decided_on_together(tmp_path):
+    """Z-Image hands over a list of samples without a batch dimension, and takes a list back."""
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    pipe = diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=image_vae(4), text_encoder=None,
+        tokenizer=None, transformer=transformer.eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipe(
+            prompt_embeds=[prompt(1)[0], prompt(3)[0]], negative_prompt_embeds=[prompt(2)[0], prompt(4)[0]], height=16,
+            width=16, num_inference_steps=10, guidance_scale=3.0, output_type="latent", return_dict=False,
+            generator=torch.Generator().manual_seed(0),
+        )[0]  # fmt: skip
+
+    bare = run()
+    handle = sencache.enable(pipe, nfe=5, folder=tmp_path)
+    assert torch.equal(run(), bare)
+    _, count = counted(pipe, run)
+    assert count == 5 == int(handle.report.evaluations)
+    handle = sencache.enable(pipe, tolerance=0.1)
+    out, count = counted(pipe, run)
+    assert count == int(handle.report.evaluations) < 10
+    assert rms(out - bare).max() < 0.1 * rms(bare).max()
 
 
 def test_a_unet_takes_the_same_path(tmp_path):

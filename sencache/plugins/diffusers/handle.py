@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,9 @@ class Handle:
         finally:
             self._context = outer
 
-    def _know(self, scheduler: Any, given: dict[str, Any], start: int) -> Known:
+    def _know(self, scheduler: Any, given: dict[str, Any], start: int, pays: bool) -> Known:
         times = numbers.clock(scheduler)[start:]
-        name, options = sampler_name(scheduler, given, times), self.options
+        name, options = sampler_name(scheduler, given, times), replace(self.options, correct=pays)
         if options.tolerance == 0:
             self.known = Known(name)
             return self.known

@@ -33,7 +33,8 @@ ELEMENTS = 1 << 18  # of an output, from which inner products are measured: thei
 class Trajectory:
     """From `set_timesteps` to the last step.
 
-    know: asked at the first step for what is known of this sampler: (scheduler, arguments of the step, first call).
+    know: asked at the first step for what is known of this sampler: (scheduler, arguments of the step, first
+        call, whether gaps are repaid).
     """
 
     def __init__(self, options: Options, report: Report, know: Callable[..., Known]):
@@ -89,10 +90,11 @@ class Trajectory:
     def _begin(self, scheduler: Any, given: dict[str, Any]) -> Known:
         """At the first step it is seen how the scheduler is used, and so what to do with the rest."""
         uneven = {name for name, value in given.items() if isinstance(value, Tensor) and name not in OWN}
-        known = self.know(scheduler, {name: one for name, one in given.items() if name not in uneven}, self.start)
+        even = {name: value for name, value in given.items() if name not in uneven}
+        x, y = given["sample"], given["model_output"]
+        pays = self.options.correct and not uneven and x.shape == y.shape  # else weights differ within a sample
+        known = self.know(scheduler, even, self.start, pays)
         if known.sampler is not None:
-            x, y = given["sample"], given["model_output"]
-            pays = self.options.correct and not uneven and x.shape == y.shape  # else weights differ within a sample
             self.debts = Debts(known.sampler, len(x), pays)
             self.run.rule = rule_of(self.options, known.plan, known.profile, self.debts)
         return known
