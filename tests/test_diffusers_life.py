@@ -154,28 +154,30 @@ def compiled(pipe, way):
 
 
 @pytest.mark.parametrize("way", ["in place", "wrapped", "blocks"])
-def test_compiled_in_either_order_with_as_many_graphs_as_before_and_no_break(bare, cached, way):
+def test_compiled_in_either_order_it_is_one_graph_without_a_break(way):
     from torch._dynamo.utils import counters
 
-    graphs = []
-    for order in ("bare", "compiled first", "enabled first"):
+    eager = wan(layers=1)
+    bare = run_wan(eager, STEPS)
+    sencache.enable(eager, nfe=NFE)
+    run_wan(eager, STEPS)  # measures
+    cached = run_wan(eager, STEPS)
+    for order in ("compiled first", "enabled first"):
         torch._dynamo.reset()
         counters.clear()
-        pipe = wan()
+        pipe = wan(layers=1)
         if order == "enabled first":
             handle = sencache.enable(pipe, nfe=NFE)
         compiled(pipe, way)
         if order == "compiled first":
             handle = sencache.enable(pipe, nfe=NFE)
-        torch.testing.assert_close(run_wan(pipe, STEPS), bare if order == "bare" else cached)
-        graphs.append(counters["stats"]["unique_graphs"])
+        torch.testing.assert_close(run_wan(pipe, STEPS), cached)
+        assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
-        if order != "bare":
-            assert int(handle.report.evaluations) == 2 * NFE
-            sencache.disable(pipe)
-            torch.testing.assert_close(run_wan(pipe, STEPS), bare)
+        assert int(handle.report.evaluations) == 2 * NFE
+        sencache.disable(pipe)
+        torch.testing.assert_close(run_wan(pipe, STEPS), bare)
     torch._dynamo.reset()
-    assert graphs[0] == graphs[1] == graphs[2]
 
 
 def test_a_lora_is_another_model_and_so_is_its_strength(bare):

@@ -185,8 +185,10 @@ def test_an_error_asked_for_needs_rehearsal_and_is_kept(tmp_path):
     run_wan(pipe, 12)
     with pytest.raises(ValueError, match=r"handle\.rehearse"):
         run_wan(pipe, 12)
-    handle.rehearse([lambda s=s: run_wan(pipe, 12, seed=s, prompt_embeds=prompt(50 + s)) for s in range(100, 109)])
-    for seed in (1, 2, 3):
+    handle.rehearse(
+        [lambda s=s: run_wan(pipe, 12, seed=s, prompt_embeds=prompt(50 + s)) for s in range(100, 109)], budgets=(4, 7)
+    )
+    for seed in (1, 2):
         given = {"steps": 12, "seed": seed, "prompt_embeds": prompt(seed)}
         out, count = counted(pipe, lambda given=given: run_wan(pipe, **given))
         assert count < 24

@@ -31,14 +31,16 @@ def prompt(seed: int, batch: int = 1, tokens: int = 6) -> Tensor:
     return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def wan(scheduler: Any = None, *, two: bool = False, image: bool = False, seed: int = 0, **options: Any) -> Any:
+def wan(
+    scheduler: Any = None, *, two: bool = False, image: bool = False, seed: int = 0, layers: int = 2, **options: Any
+) -> Any:
     torch.manual_seed(seed)
 
     def transformer() -> nn.Module:
         return lively(
             diffusers.WanTransformer3DModel(
                 patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36 if image else 16,
-                out_channels=16, text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+                out_channels=16, text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=layers, cross_attn_norm=True,
                 qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
             )
         )  # fmt: skip

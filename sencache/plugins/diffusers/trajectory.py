@@ -131,14 +131,17 @@ class Measurement:
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []  # (B, at most ELEMENTS), one a call
         self.models: list[str] = []  # which one answered
+        self.some = torch.zeros(0)  # which elements are kept
         self.size = torch.zeros(0)  # (B,) RMS of the last state
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """A call's output y (B, ...) and the state x (B, ...) after it."""
         flat = y.detach().reshape(len(y), -1)
         if flat.shape[1] > ELEMENTS:
-            some = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0))[:ELEMENTS]
-            flat = flat[:, some.to(flat.device)]
+            if not self.outputs:
+                some = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0))[:ELEMENTS]
+                self.some = some.to(flat.device)
+            flat = flat[:, self.some]
         self.outputs.append(flat.float().cpu())
         self.size = rms(x).double().cpu()
 
