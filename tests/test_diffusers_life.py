@@ -235,6 +235,39 @@ def test_saved_pickled_and_copied_it_is_a_bare_pipeline(tmp_path, bare, cached):
     assert torch.equal(run_wan(pipe, STEPS), cached)
 
 
+def test_copied_and_pickled_in_the_middle_of_a_run_it_is_a_bare_pipeline_too(bare, cached):
+    taken = []
+
+    def take(pipe, i, t, given):
+        if i == 4:
+            taken.extend([copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))])
+            taken.append(type(pipe.scheduler).from_config(pipe.scheduler.config))
+            assert type(pipe.transformer) is not diffusers.WanTransformer3DModel  # in a run, and only there
+        return given
+
+    pipe = wan()
+    sencache.enable(pipe, nfe=NFE)
+    assert torch.equal(run_wan(pipe, STEPS, callback_on_step_end=take), cached)
+    assert type(taken.pop()) is diffusers.FlowMatchEulerDiscreteScheduler
+    for other in taken:
+        other.set_progress_bar_config(disable=True)
+        assert is_restored(other)
+        assert torch.equal(run_wan(other, STEPS), bare)
+
+
+def test_between_runs_its_parts_are_bare_and_serve_other_pipelines(bare, cached):
+    pipe = wan()
+    sencache.enable(pipe, nfe=NFE)
+    assert torch.equal(run_wan(pipe, STEPS), cached)
+    assert type(pipe.transformer) is diffusers.WanTransformer3DModel
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    other = diffusers.WanPipeline.from_pipe(pipe)  # looks at the parts' very types
+    assert other.transformer is pipe.transformer
+    assert is_restored(other)
+    assert torch.equal(run_wan(other, STEPS), bare)
+    assert torch.equal(run_wan(pipe, STEPS), cached)
+
+
 @pytest.mark.parametrize("step", [0, 4, STEPS - 1])
 def test_a_run_after_one_that_raised_is_a_fresh_one(cached, step):
     def stop(pipe, i, t, given):

@@ -32,8 +32,8 @@ def enable(
 ) -> Handle:
     """Let a diffusers pipeline pay for a fraction of its transformer calls, from its next run on.
 
-    pipe: a built pipeline with a `scheduler` and a `transformer` (or several in turn, or a UNet). Only this object and
-        its parts are touched, none of their classes, and `disable` restores them.
+    pipe: a built pipeline with a `scheduler` and a `transformer` (or several in turn, or a UNet). Only this object is
+        touched, and its parts while it runs; none of their classes. `disable` restores it.
     profile: what was measured. Without one, and without `tolerance`, the first run with a scheduler on a grid is a full
         one that measures itself; what it measured is kept in `folder` for all later runs and sessions.
     nfe: of how many times in a run the transformer is evaluated, once for each conditioning; by default half of them.

@@ -18,7 +18,7 @@ from sencache.plugins.diffusers import methods
 from sencache.plugins.diffusers import sampler as numbers
 from sencache.plugins.diffusers.conditioning import Call
 from sencache.plugins.diffusers.decide import Options
-from sencache.plugins.diffusers.hooks import held, hook, unhook
+from sencache.plugins.diffusers.hooks import held, hook, make, plain, unhook
 from sencache.plugins.diffusers.known import Known
 from sencache.plugins.diffusers.plans import plan_of
 from sencache.plugins.diffusers.rehearse import rehearse
@@ -43,11 +43,11 @@ class Handle:
         self.ends: list[Tensor] | None = None  # last states, while rehearsing
         self._plans: dict[tuple[str, str, Options], Plan] = {}
         self._samplers: dict[str, numbers.Sampler] = {}
-        self._hooked: list[Any] = []
+        self._classes: list[tuple[Any, type]] = []  # for each part, one that stays: compiled code looks at it
+        self._models: dict[str, Any] = {}
         self._context = ""
-        self._inside = False
-        self._attach()
-        hook(pipe, self, methods.of_pipeline)
+        self._parts()  # raises for what cannot be cached
+        hook(pipe, self, make(type(pipe), methods.of_pipeline))
 
     @property
     def plan(self) -> Plan | None:
@@ -76,9 +76,9 @@ class Handle:
 
     def disable(self) -> None:
         """Restore the pipeline and everything in it; the report stays."""
-        for thing in [*self._hooked, self.pipe]:
+        for thing, _ in self._classes:
             unhook(thing, self)
-        self._hooked = []
+        unhook(self.pipe, self)
 
     def models(self) -> dict[str, Any]:
         """The pipeline's transformers (or its UNet), by name."""
@@ -86,33 +86,38 @@ class Handle:
         return {name: one for name, one in parts if one is not None and name.startswith(("transformer", "unet"))}
 
     def owns(self, thing: Any) -> bool:
-        """Whether a call of `thing` belongs to the present run and is not inside another call."""
-        return not self._inside and held(thing, self)
+        """Whether a call of `thing` belongs to the present run."""
+        return held(thing, self)
 
-    def _attach(self) -> None:
-        """Hook what the pipeline is made of now; parts may have been exchanged since the last run."""
-        self._models = models = self.models()
-        scheduler = getattr(self.pipe, "scheduler", None)
+    def _parts(self) -> list[Any]:
+        """The models and the scheduler that the pipeline is made of now; they may have been exchanged since."""
+        models, scheduler = self.models(), getattr(self.pipe, "scheduler", None)
         if not models:
             raise ValueError(
                 f"Expected a diffusers pipeline with a `transformer`; {type(self.pipe).__name__} has "
                 f"{', '.join(self.pipe.components)}."
             )
         numbers.check_scheduler(scheduler)
-        parts = [*models.values(), scheduler]
-        inner = [_inner(model) for model in models.values()]
-        for thing in self._hooked:
-            if not any(thing is part for part in [*parts, *inner]):
-                unhook(thing, self)
-        for thing in parts:
-            if not held(thing, self):
-                hook(thing, self, methods.of_scheduler if thing is scheduler else methods.of_model)
-        self._hooked = [thing for thing in [*parts, *inner] if held(thing, self)]
+        self._models = models
+        return [*models.values(), scheduler]
+
+    def _attach(self) -> list[Any]:
+        """Hook the parts for one run; returns those that were not hooked already, by a run around this one."""
+        parts = self._parts()
+        fresh = [thing for thing in parts if not held(thing, self)]
+        known = [(thing, cls) for thing, cls in self._classes if any(thing is part for part in parts)]
+        for thing in fresh:
+            if not any(thing is one for one, _ in known):
+                kind = methods.of_scheduler if thing is parts[-1] else methods.of_model
+                known.append((thing, make(plain(thing), kind)))
+            hook(thing, self, next(cls for one, cls in known if one is thing))
+        self._classes = known
+        return fresh
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """One run of the pipeline; its memory is dropped at the end, come what may."""
-        self._attach()
+        attached = self._attach()
         outer, token = self._trajectory, methods.CURRENT.set(self)
         self._trajectory, self.report, self.known, self._context = None, Report(), None, ""
         try:
@@ -122,6 +127,8 @@ class Handle:
             self._end()
             self._trajectory = outer
             methods.CURRENT.reset(token)
+            for thing in attached:
+                unhook(thing, self)
 
     def begin(self) -> None:
         """The scheduler has a new grid: another trajectory."""
@@ -130,16 +137,12 @@ class Handle:
 
     def ask(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a model in the present run."""
-        name = next(name for name, one in self._models.items() if one is model or _inner(one) is model)
+        name = next(name for name, one in self._models.items() if one is model)
         if self._trajectory is None or self._trajectory.over:
             self.begin()
         assert self._trajectory is not None
         call = Call(name, self._context, args, kwargs, self.options.key)
-        self._inside = True
-        try:
-            return self._trajectory.ask(self.pipe.scheduler, call, functools.partial(forward, *args, **kwargs))
-        finally:
-            self._inside = False
+        return self._trajectory.ask(self.pipe.scheduler, call, functools.partial(forward, *args, **kwargs))
 
     def step(self, scheduler: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step of the scheduler in the present run."""
@@ -209,8 +212,3 @@ class Handle:
             if new:
                 why = "The transformer was given something new in every call; if it means the same, say so with `key=`."
             warnings.warn(f"sencache reused nothing in this run of {calls} transformer calls. {why}", stacklevel=5)
-
-
-def _inner(model: Any) -> Any:
-    """What `torch.compile` has wrapped, or the model itself."""
-    return getattr(model, "_orig_mod", model)

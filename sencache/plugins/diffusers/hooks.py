@@ -7,21 +7,29 @@ copy, a pickle or a saved folder of the object has its own class, and so has an 
 from __future__ import annotations
 
 import copyreg
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 MARK = "_sencache_holders"
+LOCK = threading.Lock()  # pipelines in two threads may share a transformer
 
 
-def hook(thing: Any, holder: object, methods: Callable[[type], Mapping[str, Any]]) -> None:
-    """Override methods of `thing` on behalf of `holder`; `methods` is given the class of `thing` and returns them.
+def hook(thing: Any, holder: object, made: type) -> None:
+    """Override methods of `thing` on behalf of `holder`, by a class that was `made` for it.
 
-    Of several holders the first one's methods stay until the last one has let go.
+    Of several holders the first one's class stays until the last one has let go.
     """
-    base = type(thing)
-    if MARK in vars(base):
-        vars(base)[MARK].append(holder)
-        return
+    with LOCK:
+        if MARK in vars(type(thing)):
+            vars(type(thing))[MARK].append(holder)
+            return
+        vars(made)[MARK].append(holder)
+        object.__setattr__(thing, "__class__", made)
+
+
+def make(base: type, methods: Callable[[type], Mapping[str, Any]]) -> type:
+    """A class like `base` with the methods that `methods` returns for it."""
 
     class Maker(type(base)):  # type: ignore[misc]
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -31,23 +39,24 @@ def hook(thing: Any, holder: object, methods: Callable[[type], Mapping[str, Any]
         found: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         if isinstance(found, str):
             return found
-        make, args, *rest = found
-        if make is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]
+        build, args, *rest = found
+        if build is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]
             return (copyreg._reconstructor, (base, object, None), *rest)  # type: ignore[attr-defined]
-        return (base if make is cls else make, args, *rest)
+        return (base if build is cls else build, args, *rest)
 
     space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    cls = Maker(base.__name__, (base,), {**space, "__reduce_ex__": reduce, MARK: [holder], **methods(base)})
-    object.__setattr__(thing, "__class__", cls)
+    cls = Maker(base.__name__, (base,), {**space, "__reduce_ex__": reduce, MARK: [], **methods(base)})
+    return cls
 
 
 def unhook(thing: Any, holder: object) -> None:
     """Let go of `thing`; the last holder restores its class. Nothing happens where `holder` holds nothing."""
-    present = holders(thing)
-    if held(thing, holder):
-        present.remove(holder)
-        if not present:
-            object.__setattr__(thing, "__class__", type(thing).__bases__[0])
+    with LOCK:
+        present = holders(thing)
+        if held(thing, holder):
+            present.remove(holder)
+            if not present:
+                object.__setattr__(thing, "__class__", type(thing).__bases__[0])
 
 
 def holders(thing: Any) -> list[object]:
@@ -59,3 +68,8 @@ def holders(thing: Any) -> list[object]:
 def held(thing: Any, holder: object) -> bool:
     """Whether `holder` has hooked `thing`."""
     return any(one is holder for one in holders(thing))
+
+
+def plain(thing: Any) -> type:
+    """The class of `thing` without what is overridden."""
+    return type(thing).__bases__[0] if MARK in vars(type(thing)) else type(thing)

@@ -11,14 +11,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-
 from sencache.plugins.diffusers.hooks import holders
 
 CURRENT: ContextVar[Any] = ContextVar("the sencache handle of the pipeline that is running", default=None)
 
 
-@torch.compiler.disable
 def _current(thing: Any) -> Any:
     """The handle whose run a call of `thing` belongs to, or None."""
     handle = CURRENT.get()
@@ -39,10 +36,9 @@ def of_pipeline(base: type) -> dict[str, Callable[..., Any]]:
 
 
 def of_model(base: type) -> dict[str, Callable[..., Any]]:
-    """A call of a transformer is a query. Its frame is skipped by `torch.compile`, which compiles what is inside."""
+    """A call of a transformer is a query."""
     original: Any = base.__call__
 
-    @torch.compiler.disable(recursive=False)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         handle = _current(self)
         if handle is None:
