@@ -180,6 +180,21 @@ def test_compiled_in_either_order_it_is_one_graph_without_a_break(way):
     torch._dynamo.reset()
 
 
+def test_enabling_many_times_compiles_once():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    pipe = wan(layers=1)
+    compiled(pipe, "in place")
+    for nfe in (2, 3, 4):
+        sencache.enable(pipe, nfe=nfe)
+        run_wan(pipe, STEPS)
+        run_wan(pipe, STEPS)
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 def test_a_lora_is_another_model_and_so_is_its_strength(bare):
     from peft import LoraConfig
 

@@ -18,7 +18,7 @@ from sencache.plugins.diffusers import methods
 from sencache.plugins.diffusers import sampler as numbers
 from sencache.plugins.diffusers.conditioning import Call
 from sencache.plugins.diffusers.decide import Options
-from sencache.plugins.diffusers.hooks import held, hook, make, plain, unhook
+from sencache.plugins.diffusers.hooks import held, hook, made, make, unhook
 from sencache.plugins.diffusers.known import Known
 from sencache.plugins.diffusers.plans import plan_of
 from sencache.plugins.diffusers.rehearse import rehearse
@@ -43,7 +43,7 @@ class Handle:
         self.ends: list[Tensor] | None = None  # last states, while rehearsing
         self._plans: dict[tuple[str, str, Options], Plan] = {}
         self._samplers: dict[str, numbers.Sampler] = {}
-        self._classes: list[tuple[Any, type]] = []  # for each part, one that stays: compiled code looks at it
+        self._hooked: list[Any] = []
         self._models: dict[str, Any] = {}
         self._context = ""
         self._parts()  # raises for what cannot be cached
@@ -76,9 +76,8 @@ class Handle:
 
     def disable(self) -> None:
         """Restore the pipeline and everything in it; the report stays."""
-        for thing, _ in self._classes:
+        for thing in [*self._hooked, self.pipe]:
             unhook(thing, self)
-        unhook(self.pipe, self)
 
     def models(self) -> dict[str, Any]:
         """The pipeline's transformers (or its UNet), by name."""
@@ -104,15 +103,10 @@ class Handle:
     def _attach(self) -> list[Any]:
         """Hook the parts for one run; returns those that were not hooked already, by a run around this one."""
         parts = self._parts()
-        fresh = [thing for thing in parts if not held(thing, self)]
-        known = [(thing, cls) for thing, cls in self._classes if any(thing is part for part in parts)]
-        for thing in fresh:
-            if not any(thing is one for one, _ in known):
-                kind = methods.of_scheduler if thing is parts[-1] else methods.of_model
-                known.append((thing, make(plain(thing), kind)))
-            hook(thing, self, next(cls for one, cls in known if one is thing))
-        self._classes = known
-        return fresh
+        self._hooked = [thing for thing in parts if not held(thing, self)]
+        for thing in self._hooked:
+            hook(thing, self, made(thing, methods.of_scheduler if thing is parts[-1] else methods.of_model))
+        return self._hooked
 
     @contextmanager
     def scope(self) -> Iterator[None]:

@@ -10,8 +10,10 @@ import copyreg
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 MARK = "_sencache_holders"
+MADE: WeakKeyDictionary[Any, type] = WeakKeyDictionary()
 LOCK = threading.Lock()  # pipelines in two threads may share a transformer
 
 
@@ -49,6 +51,15 @@ def make(base: type, methods: Callable[[type], Mapping[str, Any]]) -> type:
     return cls
 
 
+def made(thing: Any, methods: Callable[[type], Mapping[str, Any]]) -> type:
+    """The class that `make` returns for `thing`, always the same one: code compiled for it would be compiled anew."""
+    if MARK in vars(type(thing)):
+        return type(thing)
+    if thing not in MADE or MADE[thing].__bases__[0] is not type(thing):
+        MADE[thing] = make(type(thing), methods)
+    return MADE[thing]
+
+
 def unhook(thing: Any, holder: object) -> None:
     """Let go of `thing`; the last holder restores its class. Nothing happens where `holder` holds nothing."""
     with LOCK:
@@ -68,8 +79,3 @@ def holders(thing: Any) -> list[object]:
 def held(thing: Any, holder: object) -> bool:
     """Whether `holder` has hooked `thing`."""
     return any(one is holder for one in holders(thing))
-
-
-def plain(thing: Any) -> type:
-    """The class of `thing` without what is overridden."""
-    return type(thing).__bases__[0] if MARK in vars(type(thing)) else type(thing)
