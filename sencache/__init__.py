@@ -1,5 +1,7 @@
 """Sample diffusion and flow-matching models with a fraction of their evaluations."""
 
+from typing import TYPE_CHECKING, Any
+
 from sencache.cache import CachedField
 from sencache.calibrate import calibrate
 from sencache.jacobian import JacobianNorms, jacobian_norms
@@ -10,6 +12,9 @@ from sencache.report import Query, Report
 from sencache.run import Run
 from sencache.tolerance import planned_tolerance, strict_start
 
+if TYPE_CHECKING:
+    from sencache.plugins.diffusers import disable, enable
+
 __all__ = [
     "CachedField",
     "JacobianNorms",
@@ -18,6 +23,8 @@ __all__ = [
     "Run",
     "SensitivityProfile",
     "calibrate",
+    "disable",
+    "enable",
     "fingerprint",
     "jacobian_norms",
     "planned_tolerance",
@@ -25,3 +32,11 @@ __all__ = [
     "rms",
     "strict_start",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("enable", "disable"):  # the plugin is imported when it is asked for
+        from sencache.plugins import diffusers
+
+        return getattr(diffusers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

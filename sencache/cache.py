@@ -79,10 +79,16 @@ class CachedField:
         norm: Norm = rms,
         key: Key | None = None,
     ):
-        check_options(profile, nfe, rtol, tolerance, max_reuses, unit, reuse, correct)
+        check_options(nfe, rtol, tolerance, max_reuses, unit, reuse, correct)
         check_payload(field, payload, rtol)
         if profile is not None:
-            check_model(profile, field)
+            check_model(profile, getattr(field, "fingerprint", None))
+            if rtol is not None:
+                profile.factor(1)  # raises where nothing was rehearsed
+        elif tolerance is None:
+            raise ValueError(
+                "Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`."
+            )
         self.field, self.profile, self.norm, self.key = field, profile, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload

@@ -16,7 +16,6 @@ UNITS = ("output", "sample")
 
 
 def check_options(
-    profile: SensitivityProfile | None,
     nfe: int | None,
     rtol: float | None,
     tolerance: float | Callable[[float], float] | None,
@@ -25,21 +24,18 @@ def check_options(
     reuse: str,
     correct: bool | None,
 ) -> None:
+    """Raise where how much to pay is not said in one way, or in a way that means nothing."""
     said = {
         name: value for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance)) if value is not None
     }
     if len(said) > 1:
         raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
-    if profile is None and tolerance is None:
-        raise ValueError("Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`.")
     if nfe is not None and (nfe < 1 or nfe != int(nfe)):
         raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")
     if rtol is not None and (reuse != "linear" or correct is False):
         raise ValueError("`rtol` is rehearsed with linear reuse and correction; with other choices give `nfe`.")
-    if profile is not None and rtol is not None:
-        profile.factor(1)  # raises where nothing was rehearsed
     if tolerance is not None and not callable(tolerance) and not tolerance >= 0:
         raise ValueError(f"`tolerance` is the size of a change and cannot be negative; got {tolerance}.")
     if max_reuses is not None and tolerance is None:
@@ -68,8 +64,9 @@ def check_payload(field: Any, payload: str, rtol: float | None) -> None:
         raise ValueError('`rtol` is rehearsed with payload="output"; with "blocks" give `nfe`.')
 
 
-def check_model(profile: SensitivityProfile, field: Any) -> None:
-    measured, ours = profile.facts.get("fingerprint"), getattr(field, "fingerprint", None)
+def check_model(profile: SensitivityProfile, ours: str | None) -> None:
+    """Raise where a profile is of a model with another fingerprint than `ours`."""
+    measured = profile.facts.get("fingerprint")
     if measured and ours and measured != ours:
         raise ValueError(
             f"The profile was measured on another model or with other settings: fingerprint {measured}, and this "

@@ -1,4 +1,4 @@
-"""Where to evaluate: the best schedule of a given length, a shortest path over the Gram matrix of the outputs.
+"""Where to evaluate, and what to expect of it: the best schedule of a given length on the outputs' Gram matrix.
 
 What a schedule will do to the sample is known before it is run. The outputs f_j along a few full trajectories were
 kept as their inner products G_ij = <f_i, f_j> / d; a reuse, a correction and a step are all linear in outputs; so the
@@ -20,10 +20,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sencache.correct import owed
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
+from sencache.schedule import Problem, quadratic, schedules
 from solvers import Stepper, VelocityField
 
 
@@ -89,129 +89,12 @@ def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int
     return x
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """What the error of a schedule is made of: one grid, one stepper, one way to reuse."""
-
-    times: Tensor  # (T,) float64
-    gain: Tensor  # (T,) dx_K / dv_j
-    gram: Tensor  # (S, T, T)
-    reuse: str
-    variable: str
-    correct: bool
-    part: Tensor | None = None  # (T,) which network answers, counted along the grid; by default one throughout
-
-    def __post_init__(self) -> None:
-        if self.part is None:
-            object.__setattr__(self, "part", torch.zeros(len(self.times), dtype=torch.int64))
-
-    def together(self, one: Tensor, other: Tensor) -> Tensor:
-        """Whether one network answers at the query times of both indices; nothing is reused or repaid across two.
-
-        Of -1 and T, where nothing is evaluated, what is said means nothing.
-        """
-        assert self.part is not None
-        last = len(self.times) - 1
-        return self.part[one.clamp(0, last)] == self.part[other.clamp(0, last)]
-
-    def residual(self, before: Tensor, ref: Tensor, end: Tensor) -> Tensor:
-        """The weights (n, T) of the outputs in what gaps ref -> end leave in the final state; `before` ended at ref.
-
-        Indices (n,) of query times: before = -1 where nothing was evaluated earlier, end = T where nothing will be.
-        """
-        size = len(self.times)
-        s, j = VARIABLES[self.variable](self.times), torch.arange(size)
-        s_ref, s_before = s[ref], torch.where((before >= 0) & self.together(before, ref), s[before], torch.nan)
-        inside = (j > ref[:, None]) & (j < end[:, None])
-        phi = REUSES[self.reuse](s.expand(len(ref), -1), s_ref[:, None], s_before[:, None])
-        weight = self.gain * inside
-        rows = torch.arange(len(ref))
-        left = weight.clone()  # true outputs, less what was used
-        left[rows, ref] -= (weight * (1 + phi)).sum(1)
-        left[rows, before.clamp(min=0)] += (weight * phi).sum(1)
-        if self.correct:
-            later = (end < size) & self.together(end, ref)
-            u = s - s_ref[:, None]
-            moments = torch.stack([(weight * part).sum(1) for part in (u, u**2, phi)], 1)
-            nodes = torch.stack([s[end.clamp(max=size - 1)], s_ref, s_before], 1)
-            repaid = owed(moments, nodes) * later[:, None]
-            for node, share in zip((end.clamp(max=size - 1), ref, before.clamp(min=0)), repaid.unbind(1), strict=True):
-                left[rows, node] -= share
-        return left
-
-    def costs(self) -> Tensor:
-        """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`.
-
-        What `residual` leaves is A = sum_j c_j f_j over the gap and three outputs, so its square needs no vector of T
-        weights: the products of A with outputs and with itself are differences of running sums of G.
-        """
-        size, mean, s = len(self.times), self.gram.mean(0), VARIABLES[self.variable](self.times)
-        j, ends = torch.arange(size), torch.arange(size + 1).clamp(max=size - 1)
-        weight, u = self.gain * (j > j[:, None]), s - s[:, None]  # (ref, j)
-        total, first, second = _until(weight), _until(weight * u), _until(weight * u**2)  # (ref, end)
-        until = _until((self.gain * mean).T, 0)  # (end, i), <sum_{j < end} c_j f_j, f_i>
-        square = _until(_until(self.gain * self.gain[:, None] * mean), 0)  # (end, end)
-        by_ref, by_end = until[1:], until[range(size + 1), ends]
-        within = square.diagonal() - square[1:] - square[1:] + square.diagonal()[1:, None]  # <A, A>, (ref, end)
-        with_ref = until.T - by_ref.diagonal()[:, None]  # <A, f_ref>
-        with_end = by_end - by_ref[:, ends]  # <A, f_end>
-        cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
-        for before in range(-1, size - 1):
-            ref = j[before + 1 :] if before >= 0 else j[:1]
-            known = self.together(ref, ref.new_tensor(before)) & (before >= 0)
-            s_before = torch.where(known, s[before], torch.nan)[:, None]
-            used = _until(weight[ref] * REUSES[self.reuse](s.expand(len(ref), -1), s[ref, None], s_before))
-            repaid = torch.zeros(len(ref), size + 1, 3, dtype=torch.float64)
-            if self.correct:
-                moments = torch.stack([first[ref], second[ref], used], -1)[:, :size]
-                nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
-                repaid[:, :size] = owed(moments.reshape(-1, 3), nodes.reshape(-1, 3)).reshape(moments.shape)
-                repaid[:, :size] *= self.together(ref[:, None], j)[..., None]
-            parts = torch.stack([-repaid[..., 0], -total[ref] - used - repaid[..., 1], used - repaid[..., 2]], -1)
-            with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>
-            products = torch.stack([with_end[ref], with_ref[ref], with_before], -1)
-            three = torch.stack(torch.broadcast_tensors(ends, ref[:, None], torch.tensor(max(before, 0))), -1)
-            among = mean[three[..., :, None], three[..., None, :]]  # (ref, end, 3, 3)
-            form = within[ref] + 2 * (parts * products).sum(-1) + torch.einsum("...i,...ij,...j", parts, among, parts)
-            end = torch.arange(size + 1)
-            real = (end > ref[:, None]) & self.together(end - 1, ref[:, None])
-            cost[before, ref] = torch.where(real, form.clamp(min=0), torch.inf)
-        return cost
-
-
-def _until(terms: Tensor, dim: int = -1) -> Tensor:
-    """Running sums along `dim`, each without its own term: one longer, from 0 to the total."""
-    return torch.cat([torch.zeros_like(terms.narrow(dim, 0, 1)), terms.cumsum(dim)], dim)
-
-
-def schedules(problem: Problem, most: int) -> list[Tensor]:
-    """The best schedules of 1, 2, ..., `most` evaluations, index tensors (N,), by dynamic programming."""
-    cost, size = problem.costs(), len(problem.times)
-    best = torch.full((size, size + 1), torch.inf, dtype=torch.float64)  # by last evaluation and the end of its gap
-    best[0] = cost[-1, 0]
-    choices: list[Tensor] = []
-    found: list[Tensor] = []
-    for n in range(1, most + 1):
-        if n > 1:
-            reached, choice = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.int64)
-            for ref in range(n - 1, size):
-                gaps = best[n - 2 : ref, ref, None] + cost[n - 2 : ref, ref, ref + 1 :]  # (before, end)
-                reached[ref, ref + 1 :], choice[ref, ref + 1 :] = gaps.min(0)
-            best, choices = reached, [*choices, choice + n - 2]
-        nodes = [int(best[:, size].argmin())]
-        end = size
-        for choice in reversed(choices):
-            nodes, end = [int(choice[nodes[0], end]), *nodes], nodes[0]
-        found.append(torch.tensor(nodes))
-    return found
-
-
 def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
     """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
     before = torch.cat([torch.tensor([-1]), nodes[:-1]])
     end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
     total = problem.residual(before, nodes, end).sum(0, keepdim=True)
-    error = torch.cat([_form(total, gram) for gram in problem.gram]).sqrt()
+    error = torch.cat([quadratic(total, gram) for gram in problem.gram]).sqrt()
     relative = float(error.median() / size)
     kind = problem.reuse, problem.variable, problem.correct
     return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, relative)
@@ -234,15 +117,10 @@ def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
     apart[j, ref] += 1
     apart[j, before.clamp(min=0)] -= 1
     change, difference = (
-        torch.stack([_form(weights, gram).sqrt() for gram in problem.gram]).median(0).values
+        torch.stack([quadratic(weights, gram).sqrt() for gram in problem.gram]).median(0).values
         for weights in (error, apart)
     )
     return change, torch.where(known, difference, torch.nan)
-
-
-def _form(weights: Tensor, gram: Tensor) -> Tensor:
-    """w^T G w of each row of weights (n, T), (n,)."""
-    return ((weights @ gram) * weights).sum(1).clamp(min=0)
 
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
@@ -271,9 +149,24 @@ def plan_for(
     times, gain = influence(stepper, ts)
     if nfe is not None and nfe > len(times):
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
-    logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     answers = regime(times)
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
+    return best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+
+
+def best_plan(
+    profile: SensitivityProfile,
+    times: Tensor,
+    gain: Tensor,
+    part: Tensor,
+    sampler: str,
+    reuse: str,
+    correct: bool,
+    nfe: int | None,
+    rtol: float | None,
+) -> Plan:
+    """`plan_for` a sampler known by its query times, dx_K / dv_j, the network that answers, each (T,), and its name."""
+    logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     networks = int(part[-1]) + 1
     if nfe is not None and nfe < networks:
         raise ValueError(
@@ -281,10 +174,10 @@ def plan_for(
         )
     gram = profile.gram_at(times)
     problems = [Problem(times, gain, gram, reuse, name, correct, part) for name in ("t", logarithm)]
-    rehearsed, here = profile.facts.get("rehearsed"), sampler_name(stepper, ts)
-    if rtol is not None and rehearsed != here:
-        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {here}. Rehearse that, or use `nfe`.")
-    known = rehearsed == here and reuse == "linear" and correct
+    rehearsed = profile.facts.get("rehearsed")
+    if rtol is not None and rehearsed != sampler:
+        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
+    known = rehearsed == sampler and reuse == "linear" and correct
     most = nfe or -(-len(times) // 2)
     if rtol is not None:
         most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))

@@ -54,7 +54,7 @@ def rehearse(
         )
     facts = {name: fact for name, fact in profile.facts.items() if name != "rehearsed"}
     profile = replace(profile, budgets=None, factors=None, ratios=None, facts=facts)
-    budgets = tuple(sorted(set(budgets or (round(steps / 5 * 4 ** (i / 6)) for i in range(7))) - {0}))
+    budgets = tuple(sorted(set(budgets or usual_budgets(steps)) - {0}))
     factors, ratios = [], []
     with torch.no_grad():
         full = integrate(field, x, ts, stepper)
@@ -67,6 +67,11 @@ def rehearse(
     facts["rehearsed"] = sampler_name(stepper, ts)
     known = {"factors": torch.stack(factors), "ratios": torch.stack(ratios)}
     return replace(profile, budgets=torch.tensor(budgets), facts=facts, **known)
+
+
+def usual_budgets(queries: int) -> list[int]:
+    """Seven budgets from 1/5 to 4/5 of a full run's evaluations, in equal ratios."""
+    return [round(queries / 5 * 4 ** (i / 6)) for i in range(7)]
 
 
 def _compared(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
-from sencache.plan import Problem, expectation, influence, sampler_name, schedules
+from sencache.plan import expectation, influence, sampler_name
+from sencache.schedule import Problem, quadratic, schedules
 from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, TorchDiffEq, grids, integrate
 from tests.flows import GaussianFlow, linear_flow, rms
 
@@ -138,6 +139,24 @@ def oracle(kind, stepper, ts, variable):
 
 
 # the shortest path is the shortest
+
+
+@pytest.mark.parametrize("method", STEPPERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variable", ["t", "log t"])
+@WAY
+def test_costs_are_the_squares_of_the_residuals(method, kind, variable, reuse, correct):
+    ts, stepper = grid(), STEPPERS[method]
+    _, outputs, _ = oracle(kind, stepper, ts, variable)
+    problem = posed(stepper, ts, outputs, reuse, correct, variable)
+    size = len(problem.times)
+    every = [(-1, 0, e) for e in range(1, size + 1)]
+    every += [(b, r, e) for b in range(size) for r in range(b + 1, size) for e in range(r + 1, size + 1)]
+    before, ref, end = torch.tensor(every).T
+    cost = problem.costs()
+    assert int(cost.isfinite().sum()) == len(every)
+    expected = quadratic(problem.residual(before, ref, end), problem.gram.mean(0))
+    torch.testing.assert_close(cost[before, ref, end], expected, rtol=1e-8, atol=1e-13)
 
 
 @pytest.mark.parametrize("method", STEPPERS)

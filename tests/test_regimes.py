@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sencache import CachedField, calibrate
-from sencache.plan import Problem, _form, schedules
+from sencache.schedule import Problem, quadratic, schedules
 from solvers import DPMSolverPP, Euler, Heun, Linear, grids, integrate
 from tests.flows import Nonlinear
 from tests.test_correct import X, close
@@ -141,7 +141,7 @@ def test_a_plan_counts_on_nothing_across_the_change(reuse, correct):
                     assert cost[before, ref, end] == math.inf
                     continue
                 left = problem.residual(torch.tensor([before]), torch.tensor([ref]), torch.tensor([end]))
-                close(cost[before, ref, end], _form(left, problem.gram.mean(0))[0], 1e-9)
+                close(cost[before, ref, end], quadratic(left, problem.gram.mean(0))[0], 1e-9)
                 assert not left[0, part != part[ref]].any()
     for nodes in schedules(problem, size)[1:]:
         assert change in nodes.tolist()

@@ -1,1 +1,1 @@
-"""Samplers of other people, one file a host: each offers `wrap(model, profile, grid, method=..., **options)`."""
+"""Samplers and pipelines of other people, one host a file: each says in its first lines how it is used."""

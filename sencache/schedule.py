@@ -1,0 +1,137 @@
+"""The best schedule of a given length: a shortest path over pairs of evaluations.
+
+What a gap between two evaluations leaves in the final state depends on its two ends and, where outputs are continued,
+on the evaluation before; `plan.py` says what it is made of. Shapes: T query times of the grid; S calibration samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sencache.correct import owed
+from sencache.reuse import REUSES, VARIABLES
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the error of a schedule is made of: one grid, one stepper, one way to reuse."""
+
+    times: Tensor  # (T,) float64
+    gain: Tensor  # (T,) dx_K / dv_j
+    gram: Tensor  # (S, T, T)
+    reuse: str
+    variable: str
+    correct: bool
+    part: Tensor | None = None  # (T,) which network answers, counted along the grid; by default one throughout
+
+    def __post_init__(self) -> None:
+        if self.part is None:
+            object.__setattr__(self, "part", torch.zeros(len(self.times), dtype=torch.int64))
+
+    def together(self, one: Tensor, other: Tensor) -> Tensor:
+        """Whether one network answers at the query times of both indices; nothing is reused or repaid across two.
+
+        Of -1 and T, where nothing is evaluated, what is said means nothing.
+        """
+        assert self.part is not None
+        last = len(self.times) - 1
+        return self.part[one.clamp(0, last)] == self.part[other.clamp(0, last)]
+
+    def residual(self, before: Tensor, ref: Tensor, end: Tensor) -> Tensor:
+        """The weights (n, T) of the outputs in what gaps ref -> end leave in the final state; `before` ended at ref.
+
+        Indices (n,) of query times: before = -1 where nothing was evaluated earlier, end = T where nothing will be.
+        """
+        size = len(self.times)
+        s, j = VARIABLES[self.variable](self.times), torch.arange(size)
+        s_ref, s_before = s[ref], torch.where((before >= 0) & self.together(before, ref), s[before], torch.nan)
+        inside = (j > ref[:, None]) & (j < end[:, None])
+        phi = REUSES[self.reuse](s.expand(len(ref), -1), s_ref[:, None], s_before[:, None])
+        weight = self.gain * inside
+        rows = torch.arange(len(ref))
+        left = weight.clone()  # true outputs, less what was used
+        left[rows, ref] -= (weight * (1 + phi)).sum(1)
+        left[rows, before.clamp(min=0)] += (weight * phi).sum(1)
+        if self.correct:
+            later = (end < size) & self.together(end, ref)
+            u = s - s_ref[:, None]
+            moments = torch.stack([(weight * part).sum(1) for part in (u, u**2, phi)], 1)
+            nodes = torch.stack([s[end.clamp(max=size - 1)], s_ref, s_before], 1)
+            repaid = owed(moments, nodes) * later[:, None]
+            for node, share in zip((end.clamp(max=size - 1), ref, before.clamp(min=0)), repaid.unbind(1), strict=True):
+                left[rows, node] -= share
+        return left
+
+    def costs(self) -> Tensor:
+        """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`.
+
+        What `residual` leaves is A = sum_j c_j f_j over the gap and three outputs, so its square needs no vector of T
+        weights: the products of A with outputs and with itself are differences of running sums of G.
+        """
+        size, mean, s = len(self.times), self.gram.mean(0), VARIABLES[self.variable](self.times)
+        j, ends = torch.arange(size), torch.arange(size + 1).clamp(max=size - 1)
+        weight, u = self.gain * (j > j[:, None]), s - s[:, None]  # (ref, j)
+        total, first, second = _until(weight), _until(weight * u), _until(weight * u**2)  # (ref, end)
+        until = _until((self.gain * mean).T, 0)  # (end, i), <sum_{j < end} c_j f_j, f_i>
+        square = _until(_until(self.gain * self.gain[:, None] * mean), 0)  # (end, end)
+        by_ref, by_end = until[1:], until[range(size + 1), ends]
+        within = square.diagonal() - square[1:] - square[1:] + square.diagonal()[1:, None]  # <A, A>, (ref, end)
+        with_ref = until.T - by_ref.diagonal()[:, None]  # <A, f_ref>
+        with_end = by_end - by_ref[:, ends]  # <A, f_end>
+        cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
+        for before in range(-1, size - 1):
+            ref = j[before + 1 :] if before >= 0 else j[:1]
+            known = self.together(ref, ref.new_tensor(before)) & (before >= 0)
+            s_before = torch.where(known, s[before], torch.nan)[:, None]
+            used = _until(weight[ref] * REUSES[self.reuse](s.expand(len(ref), -1), s[ref, None], s_before))
+            repaid = torch.zeros(len(ref), size + 1, 3, dtype=torch.float64)
+            if self.correct:
+                moments = torch.stack([first[ref], second[ref], used], -1)[:, :size]
+                nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
+                repaid[:, :size] = owed(moments.reshape(-1, 3), nodes.reshape(-1, 3)).reshape(moments.shape)
+                repaid[:, :size] *= self.together(ref[:, None], j)[..., None]
+            parts = torch.stack([-repaid[..., 0], -total[ref] - used - repaid[..., 1], used - repaid[..., 2]], -1)
+            with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>
+            products = torch.stack([with_end[ref], with_ref[ref], with_before], -1)
+            three = torch.stack(torch.broadcast_tensors(ends, ref[:, None], torch.tensor(max(before, 0))), -1)
+            among = mean[three[..., :, None], three[..., None, :]]  # (ref, end, 3, 3)
+            form = within[ref] + 2 * (parts * products).sum(-1) + torch.einsum("...i,...ij,...j", parts, among, parts)
+            end = torch.arange(size + 1)
+            real = (end > ref[:, None]) & self.together(end - 1, ref[:, None])
+            cost[before, ref] = torch.where(real, form.clamp(min=0), torch.inf)
+        return cost
+
+
+def _until(terms: Tensor, dim: int = -1) -> Tensor:
+    """Running sums along `dim`, each without its own term: one longer, from 0 to the total."""
+    return torch.cat([torch.zeros_like(terms.narrow(dim, 0, 1)), terms.cumsum(dim)], dim)
+
+
+def schedules(problem: Problem, most: int) -> list[Tensor]:
+    """The best schedules of 1, 2, ..., `most` evaluations, index tensors (N,), by dynamic programming."""
+    cost, size = problem.costs(), len(problem.times)
+    best = torch.full((size, size + 1), torch.inf, dtype=torch.float64)  # by last evaluation and the end of its gap
+    best[0] = cost[-1, 0]
+    choices: list[Tensor] = []
+    found: list[Tensor] = []
+    for n in range(1, most + 1):
+        if n > 1:
+            reached, choice = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.int64)
+            for ref in range(n - 1, size):
+                gaps = best[n - 2 : ref, ref, None] + cost[n - 2 : ref, ref, ref + 1 :]  # (before, end)
+                reached[ref, ref + 1 :], choice[ref, ref + 1 :] = gaps.min(0)
+            best, choices = reached, [*choices, choice + n - 2]
+        nodes = [int(best[:, size].argmin())]
+        end = size
+        for choice in reversed(choices):
+            nodes, end = [int(choice[nodes[0], end]), *nodes], nodes[0]
+        found.append(torch.tensor(nodes))
+    return found
+
+
+def quadratic(weights: Tensor, gram: Tensor) -> Tensor:
+    """w^T G w of each row of weights (n, T), (n,)."""
+    return ((weights @ gram) * weights).sum(1).clamp(min=0)
