@@ -39,8 +39,11 @@ def planned_tolerance(plan: Plan, profile: SensitivityProfile) -> Callable[[floa
 
     The states along the calibrated trajectories are sums of outputs, so that the Gram matrix knows how far they go and
     Eq. 9 what it predicts for every gap. Over a gap epsilon is the geometric mean of S at its last reuse and S at the
-    evaluation that ends it; infinite after the last. Use it with ``max_reuses=math.inf``.
+    evaluation that ends it; infinite after the last. Use it with ``max_reuses=math.inf``. Raises ValueError for a
+    profile without sensitivities.
     """
+    if not profile.alpha_x.isfinite().any():
+        raise ValueError("A tolerance goes with sensitivities, and this profile has none: calibrate with secants=True.")
     times, nodes = plan.times, plan.nodes.tolist()
     steps = torch.cat([times.diff(), times.new_zeros(1)])
     gram = profile.gram_at(times).mean(0)
