@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,10 @@ if __name__ == "__main__":
     few = {nfe: float(ours(nfe).median()) for nfe in range(3, 13)}
     print("\n| the paper's rule, n = 3, at | its median PSNR (dB) | ours is as close with | at |\n|---|---|---|---|")
     for nfe in (25, 30):
-        rule = {"profile": profile, "max_reuses": 3, "reuse": "hold"}
+        rule: dict[str, Any] = {"profile": profile, "max_reuses": 3, "reuse": "hold"}
         cached = CachedField(field, **rule, tolerance=tolerance_for(nfe, rule))
-        near = float(psnr(cached.integrate(x, GRID), full).median())
+        reached = float(psnr(cached.integrate(x, GRID), full).median())
         spent = float(cached.report.evaluations.double().mean())
-        least = min((n for n, value in few.items() if value >= near), default=None)
+        least = min((n for n, value in few.items() if value >= reached), default=None)
         told = "more than 12 | " if least is None else f"{least} | {few[least]:.1f}"
-        print(f"| {spent:.1f} | {near:.1f} | {told} |", flush=True)
+        print(f"| {spent:.1f} | {reached:.1f} | {told} |", flush=True)
