@@ -78,21 +78,24 @@ def equal_shares(density: Tensor) -> Tensor:
 
 
 def draw(results: dict[str, tuple[Tensor, Tensor]], curves: dict[str, Tensor], images: int) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(1, 1.3))
+    sizes = {"width_ratios": (1, 1.3), "height_ratios": (1, 2.4)}
+    figure, axes = plt.subplot_mosaic(".c;et", figsize=(12, 5), layout="constrained", gridspec_kw=sizes)
+    error, times, above = axes["e"], axes["t"], axes["c"]
     names = list(results)
-    left.boxplot([near.numpy() for _, near in results.values()], orientation="horizontal", whis=(10, 90), sym="")
-    left.set_yticks(range(1, len(names) + 1), names)
-    left.set_xlabel(f"PSNR to all 250 steps (dB): median, quartiles, deciles of {images} images")
-    for row, (name, (chosen, _)) in enumerate(results.items(), 1):
-        right.plot(GRID[chosen], torch.full(chosen.shape, row), "|", ms=14, mew=1.6, label=name)
-    right.set_yticks([])
-    right.set_ylim(left.get_ylim())
-    right.set_xlim(1.02, -0.02)
-    right.set_xlabel("the 25 times, from noise (t = 1) to data (t = 0)")
-    scale = right.twinx()
+    error.boxplot([near.numpy() for _, near in results.values()], orientation="horizontal", whis=(10, 90), sym="")
+    error.set_yticks(range(1, len(names) + 1), names)
+    error.set_xlabel(f"PSNR to all 250 steps (dB):\nmedian, quartiles, deciles of {images} images")
+    for row, (chosen, _) in enumerate(results.values(), 1):
+        times.plot(GRID[chosen], torch.full(chosen.shape, row), "|", ms=13, mew=1.6)
+    times.set_yticks(range(1, len(names) + 1), [])
+    for axis in (times, error):
+        axis.set_ylim(0.4, len(names) + 0.6)
+    times.set_xlabel("the 25 times of each, from noise (t = 1) to data (t = 0)")
     for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
-        scale.semilogy(GRID[:-1], curve, style, color="0.4", lw=1, label=name)
-    scale.legend(frameon=False, loc="upper left", fontsize=8)
+        above.semilogy(GRID[:-1], curve, style, color="0.3", lw=1.2, label=name)
+    above.legend(frameon=False, fontsize=8)
+    for axis in (times, above):
+        axis.set_xlim(1.02, -0.02)
     figure.savefig(PICTURE, dpi=120)
 
 
