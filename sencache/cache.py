@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Gains, Planned, Sensitivities
 from sencache.memory import Key, one_network
 from sencache.norms import Norm, rms
-from sencache.plan import Plan, influence, plan_for
+from sencache.plan import Plan, charges, plan_for
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
@@ -160,15 +161,14 @@ class CachedField:
         if self.profile is None or self.tolerance is not None:
             raise ValueError("A plan needs a profile and `nfe` or `rtol`; here the rule decides at every step.")
         grid = self.profile.grid if ts is None else check_grid(ts).double().cpu()
-        return self._plan(self.profile, grid, stepper)
-
-    def _plan(self, profile: SensitivityProfile, grid: Tensor, stepper: Stepper) -> Plan:
         name = f"{stepper} {grid.tolist()}"
         if name not in self._plans:
-            check_fit(profile, grid)
+            check_fit(self.profile, grid)
             regime = getattr(self.field, "regime", one_network)
             how = (self.reuse, self.correct, self.nfe, self.rtol, regime)
-            self._plans[name] = plan_for(profile, grid, stepper, *how)
+            plan = plan_for(self.profile, grid, stepper, *how)
+            promised = plan.promised if self.payload == "output" else math.inf  # rehearsals are of outputs
+            self._plans[name] = replace(plan, promised=promised)
         return self._plans[name]
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
@@ -188,7 +188,7 @@ class CachedField:
         everywhere = epsilon if callable(epsilon) else _everywhere(epsilon)
         gains = None
         if self.unit == "sample" and self.tolerance is not None:
-            gains = Gains() if ts is None else Gains(*influence(stepper, ts))
+            gains = Gains() if ts is None else Gains(*charges(stepper, ts))
         phi = REUSES[self.reuse]
         return Rule(criterion, everywhere, n, phi, VARIABLES[variable], self.norm, self.payload, gains)
 
@@ -200,12 +200,9 @@ class CachedField:
         n = self.max_reuses if self.max_reuses is not None else math.inf if self.unit == "sample" else 3
         if self.profile is None:
             return Differences(VARIABLES["t"]), n, "t"
-        variable = "t"
         if ts is not None:
             check_fit(self.profile, ts)
-            if self.profile.gram is not None and (self.reuse != "hold" or self.correct):
-                variable = self._plan(self.profile, ts.double().cpu(), stepper).variable
-        return Sensitivities(self.profile), n, variable
+        return Sensitivities(self.profile), n, getattr(self.tolerance, "variable", "t")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_thread"}

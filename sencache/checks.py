@@ -42,10 +42,10 @@ def check_options(
         raise ValueError(f"`max_reuses` goes with `tolerance`; a plan knows its own. Got max_reuses={max_reuses}.")
     if max_reuses is not None and not (max_reuses >= 0 and (max_reuses == math.inf or max_reuses == int(max_reuses))):
         raise ValueError(f"`max_reuses` counts reuses, 0, 1, 2, ... or math.inf; got {max_reuses}.")
-    if unit is not None and (unit not in UNITS or tolerance is None):
-        raise ValueError(
-            f"`unit` says what `tolerance` is measured in, {' or '.join(UNITS)}, and goes with it; got {unit!r}."
-        )
+    if unit is not None and tolerance is None:
+        raise ValueError(f"`unit` says what `tolerance` is measured in and goes with it; got unit={unit!r} alone.")
+    if unit is not None and unit not in UNITS:
+        raise ValueError(f"`unit` must be {' or '.join(UNITS)}; got {unit!r}.")
     if reuse not in REUSES:
         raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
 

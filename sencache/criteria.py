@@ -67,13 +67,13 @@ class Differences:
 
 @dataclass(frozen=True)
 class Gains:
-    """What the sampler makes of a change of the output in the sample: |dx_K / dv|, `influence`, at the query's time.
+    """What the sampler makes of a change of the output in the sample: |dx_K / dv|, `charges`, at the query's time.
 
     Without a grid it is the sampler's last step |dt|, Euler's gain.
     """
 
     times: Tensor | None = None  # (T,) query times of the grid
-    gain: Tensor | None = None  # (T,) how the stepper weighs their outputs in the end
+    gain: Tensor | None = None  # (T,) how the stepper weighs each of their outputs in the end
 
     def at(self, seen: Look) -> Tensor:
         """The gain (B,) of the output at this query."""

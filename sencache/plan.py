@@ -66,19 +66,31 @@ def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
     A stepper is linear in the outputs it is given, so it is run on outputs that are unit vectors. Several queries at
     one time count as one output.
     """
-    linear, ts = getattr(stepper, "linear", stepper), ts.double().cpu()
+    linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
+    times = list(dict.fromkeys(asked))
+    unit = torch.eye(len(times), dtype=torch.float64)
+    answers = iter([unit[times.index(t)] for t in asked])
+    end = _linear_end(linear, lambda x, t: next(answers).expand_as(x), ts, len(times))
+    return torch.tensor(times, dtype=torch.float64), end[0]
+
+
+def charges(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
+    """The query times (T,) and what each query there is charged, (T,): `influence`, shared by those at one time."""
+    times, gain = influence(stepper, ts)
+    asked = torch.tensor(_asked(stepper, ts), dtype=torch.float64)
+    return times, gain / (asked == times[:, None]).sum(1)
+
+
+def _asked(stepper: Stepper, ts: Tensor) -> list[float]:
+    """The time of every query of a stepper on ts (K + 1,), in order."""
     asked: list[float] = []
 
     def count(x: Tensor, t: Tensor) -> Tensor:
         asked.append(float(t))
         return torch.zeros_like(x)
 
-    _linear_end(linear, count, ts, 1)
-    times = list(dict.fromkeys(asked))
-    unit = torch.eye(len(times), dtype=torch.float64)
-    answers = iter([unit[times.index(t)] for t in asked])
-    end = _linear_end(linear, lambda x, t: next(answers).expand_as(x), ts, len(times))
-    return torch.tensor(times, dtype=torch.float64), end[0]
+    _linear_end(getattr(stepper, "linear", stepper), count, ts.double().cpu(), 1)
+    return asked
 
 
 def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int) -> Tensor:
@@ -178,7 +190,7 @@ def best_plan(
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
     known = rehearsed == sampler and reuse == "linear" and correct
-    most = nfe or -(-len(times) // 2)
+    most = nfe or max(networks, -(-len(times) // 2))
     if rtol is not None:
         most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))
     found = [schedules(problem, most) for problem in problems]
@@ -189,7 +201,8 @@ def best_plan(
         plan, n = min(plans, key=lambda plan: float(plan.error.median())), len(nodes[0])
         if not known:
             return plan
-        return replace(plan, change=plan.change * profile.typical(n), promised=plan.relative_error * profile.factor(n))
+        promised = plan.relative_error * profile.factor(n) if n < len(times) else 0.0
+        return replace(plan, change=plan.change * profile.typical(n), promised=promised)
 
     if rtol is None:
         return best([each[-1] for each in found])

@@ -59,6 +59,8 @@ class SensitivityProfile:
         steps = self.t.diff()
         if not len(self.t) or not self.t.isfinite().all() or (steps * steps[:1].sign() <= 0).any():
             raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")
+        if self.ratios is not None and (self.budgets is None or len(self.ratios) != len(self.budgets)):
+            raise ValueError("`ratios` (R, S', T) go with `budgets` (R,) of a rehearsal: leave out both, or neither.")
         if (self.alpha_x < 0).any() or (self.alpha_t < 0).any():
             raise ValueError("Sensitivities are norms and cannot be negative; use NaN where one could not be measured.")
 
@@ -105,11 +107,14 @@ class SensitivityProfile:
         """
         if self.ratios is None:
             raise ValueError("This needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
-        known = [each[:, each.isfinite().all(0)] for each in self.ratios]  # (S', reuses)
+        known = [each[:, ~each.isnan().any(0)] for each in self.ratios]  # (S', reuses)
         limit = _tolerance_limit if whole else _quantile
         groups = [each.amax(1) if whole and each.shape[1] else each.flatten() for each in known]
         found = [limit(group / self.typical(n), share) for group, n in zip(groups, self._budgets(), strict=True)]
-        return self._around(nfe, found) if whole else float(np.interp(nfe, self._budgets(), found))
+        outside = not self._budgets()[0] <= nfe <= self._budgets()[-1]
+        if whole or outside:
+            return self._around(nfe, found)
+        return float(np.interp(nfe, self._budgets(), found))
 
     def typical(self, nfe: int) -> float:
         """The median ratio of a reuse's true error to the expected one, of the nearest budget; 1 if none is known."""
@@ -229,6 +234,8 @@ def _tolerance_limit(values: Tensor, share: float) -> float:
     The k-th smallest of n covers a share that is distributed as Beta(k, n + 1 - k), whatever the values are.
     """
     n = len(values)
+    if not n:
+        return 0.0
     k = next((k for k in range(1, n) if betainc(k, n + 1 - k, share) <= 0.1), n)
     return float(values.kthvalue(k).values)
 

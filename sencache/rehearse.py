@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sencache.cache import CachedField
+from sencache.memory import one_network
 from sencache.norms import difference, rms
 from sencache.plan import influence, sampler_name
 from sencache.profile import SensitivityProfile
@@ -54,7 +55,9 @@ def rehearse(
         )
     facts = {name: fact for name, fact in profile.facts.items() if name != "rehearsed"}
     profile = replace(profile, budgets=None, factors=None, ratios=None, facts=facts)
-    budgets = tuple(sorted(set(budgets or usual_budgets(steps)) - {0}))
+    answers = getattr(field, "regime", one_network)(times)
+    networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
+    budgets = tuple(sorted(set(budgets or (max(networks, n) for n in usual_budgets(steps))) - {0}))
     factors, ratios = [], []
     with torch.no_grad():
         full = integrate(field, x, ts, stepper)

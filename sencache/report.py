@@ -20,7 +20,9 @@ class Query(NamedTuple):
     duplicate: Tensor  # (B,) bool: x, t and conditioning were those of the call before
     computed: Tensor  # (B,) bool: the row went through the field
     branch: int  # which conditioning, in the order of appearance
-    observed: Tensor  # (B,) float64, the RMS error of a reuse, as the next evaluation showed it; NaN until then
+    observed: Tensor  # (B,) float64, the RMS error of a reuse, as the next evaluation showed it; NaN until then, and
+    #                   where none came, where only the blocks were reused, and for norms that are no root of squares
+    spent: Tensor  # (B,) float64, what was compared with the tolerance: `predicted`, or what reuses did to the sample
 
 
 class Report:
@@ -84,7 +86,7 @@ class Report:
         ratio = self.cache_ratio
         lines.append(f"{'cache ratio':<12} {ratio.median():8.1%} {ratio.min():8.1%} {ratio.max():8.1%}")
         off = [(query.observed / query.predicted)[query.observed.isfinite()] for query in self.trace]
-        if sum(map(len, off)):
+        if sum(map(len, off)) and not math.isnan(self.expected):
             lines.append(f"observed over predicted error of the reuses: median {torch.cat(off).median():.2f}")
         if not math.isnan(self.expected):
             promised = f"; 90 % of samples keep {self.promised:.2g}" if self.promised < math.inf else ""

@@ -101,18 +101,18 @@ class Run:
             if _recorded(y):
                 return self.bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, stack, anew, rule.norm)  # Alg. 1: the reference moves; m = 0
-            self._observe(branch, needed & ~anew, nodes, seen.difference, earlier[1])
+            self._observe(branch, needed, anew, nodes, seen.difference, earlier[1])
         branch.stand(x, clock, seen.step, spent, reused)
 
         with torch.inference_mode(False):  # it is filled in later, whatever mode rules then
             unknown = torch.full(predicted.shape, torch.nan, dtype=torch.float64)
-        query = Query(seen.t, predicted, reused, seen.same, computed, branch.number, unknown)
+        query = Query(seen.t, predicted, reused, seen.same, computed, branch.number, unknown, spent)
         self.report.add(query, seen.anew)
         if needed.all():
             answer = y
         elif rule.payload == "output":
             answer = continued(branch.y, branch.y_before, phi)
-            branch.open.append((query, reused, owes))
+            branch.open += [(query, reused, owes)] if reused.any() else []
         else:
             stack, fresh = continued(branch.stack, branch.stack_before, phi), branch.reuses == 0
             answer = merge(fresh, take(fresh, branch.y), self.field.head(x, t, stack, *args, **kwargs))
@@ -124,17 +124,26 @@ class Run:
         note = Note(owes, excess, needed, nodes, (branch.y, *earlier), anew, seen.same, branch.number)
         return self.ledger.enter(answer, note, seen.t)
 
-    def _observe(self, branch: Branch, rows: Tensor, nodes: Tensor, before: Tensor, y_2: Any) -> None:
-        """Enter in the record how far off the reuses were of the samples `rows` (B,), now that these are evaluated."""
-        if not any((rows & left).any() for _, left, _ in branch.open):
+    def _observe(self, branch: Branch, rows: Tensor, anew: Tensor, nodes: Tensor, before: Tensor, y_2: Any) -> None:
+        """Enter in the record how far off the reuses were of the samples `rows` (B,), now that these are evaluated.
+
+        Of a sample that is `anew` (B,) it will never be known.
+        """
+        if not branch.open:
+            return
+        closed = (torch.stack([left for _, left, _ in branch.open]) & rows).any(1).tolist()
+        if not any(closed):
             return
         across = apart(branch.y, y_2, self.rule.norm)
         distances = torch.stack([branch.difference, before.to(across), across], 1).cpu()
-        for query, left, owes in branch.open:
-            error = observed(owes, nodes, distances)
-            query.observed.copy_(torch.where(rows & left, error, query.observed))
-        still = [(query, left & ~rows, owes) for query, left, owes in branch.open]
-        branch.open = [entry for entry in still if entry[1].any()]
+        still = [entry for entry, done in zip(branch.open, closed, strict=True) if not done]
+        for (query, left, owes), done in zip(branch.open, closed, strict=True):
+            if done:
+                error = observed(owes, nodes, distances)
+                query.observed.copy_(torch.where(rows & left & ~anew, error, query.observed))
+                if (left & ~rows).any():
+                    still.append((query, left & ~rows, owes))
+        branch.open = still
 
     def forget(self) -> None:
         """Drop every tensor that is held; the report stays."""
@@ -156,8 +165,8 @@ class Run:
             excess = beyond(y, None, ~none) if self.rule.payload == "blocks" else None
             y = self.ledger.enter(y, Note(torch.zeros_like(nodes), excess, none, nodes, (y, y, y), ~none, none, 0), t)
         self.report.bypasses += 1
-        unknown = torch.full_like(t, math.nan)
-        self.report.add(Query(t, torch.full_like(t, math.inf), none, none, ~none, 0, unknown), none)
+        infinite, unknown = torch.full_like(t, math.inf), torch.full_like(t, math.nan)
+        self.report.add(Query(t, infinite, none, none, ~none, 0, unknown, infinite), none)
         return y
 
 

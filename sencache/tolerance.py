@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -34,20 +35,37 @@ def strict_start(ts: Tensor, tolerance: float, strict: float = 0.01, share: floa
     return epsilon
 
 
-def planned_tolerance(plan: Plan, profile: SensitivityProfile) -> Callable[[float], float]:
-    """A plan as epsilon(t) for the paper's rule, which then evaluates where the plan does, sooner for quick samples.
+@dataclass(frozen=True, eq=False)
+class PlannedTolerance:
+    """epsilon(t) at the query times of a plan, and the variable in which that plan continues outputs."""
+
+    times: Tensor  # (T,)
+    epsilon: Tensor  # (T,)
+    variable: str
+
+    def __call__(self, t: float) -> float:
+        return float(self.epsilon[(self.times - t).abs().argmin()])
+
+
+def planned_tolerance(plan: Plan, profile: SensitivityProfile) -> PlannedTolerance:
+    """A plan as epsilon(t) for the paper's rule, which then evaluates about where it does, sooner for quick samples.
 
     The states along the calibrated trajectories are sums of outputs, so that the Gram matrix knows how far they go and
     Eq. 9 what it predicts for every gap. Over a gap epsilon is the geometric mean of S at its last reuse and S at the
-    evaluation that ends it; infinite after the last. Use it with ``max_reuses=math.inf``. Raises ValueError for a
-    profile without sensitivities.
+    evaluation that ends it; infinite after the last. With few evaluations, wide apart, a sample much slower than the
+    calibrated ones can miss a node and slip into the next gap; `nfe` cannot.
+
+    Use it with ``max_reuses=math.inf``, in units of the output. Raises ValueError for a profile without sensitivities.
     """
-    if not profile.alpha_x.isfinite().any():
-        raise ValueError("A tolerance goes with sensitivities, and this profile has none: calibrate with secants=True.")
     times, nodes = plan.times, plan.nodes.tolist()
     steps = torch.cat([times.diff(), times.new_zeros(1)])
     gram = profile.gram_at(times).mean(0)
     alpha_x, alpha_t = profile.lookup(times)
+    if not (alpha_x[plan.nodes].isfinite() & alpha_t[plan.nodes].isfinite()).all():
+        raise ValueError(
+            "A tolerance goes with sensitivities, and this profile has none at some of the plan's nodes: calibrate "
+            "with secants=True, on a grid that covers them."
+        )
 
     def change(ref: int, end: int) -> float:  # S at `end` of what was evaluated at `ref`, Eq. 9
         dt = steps[ref:end]
@@ -58,4 +76,4 @@ def planned_tolerance(plan: Plan, profile: SensitivityProfile) -> Callable[[floa
     for ref, end in pairwise(nodes):
         last = change(ref, end - 1) if end > ref + 1 else change(ref, end) / 4
         epsilon[ref + 1 : end + 1] = math.sqrt(last * change(ref, end))
-    return lambda t: float(epsilon[(times - t).abs().argmin()])
+    return PlannedTolerance(times, epsilon, plan.variable)

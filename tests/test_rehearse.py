@@ -136,3 +136,31 @@ def test_the_report_tells_what_to_expect(profile):
 
 def test_a_second_rehearsal_forgets_the_first(profile):
     assert torch.equal(rehearse(FIELD, profile, noise(4, 1), TS, budgets=(10,)).budgets, torch.tensor([10]))
+
+
+def test_everything_evaluated_is_promised_to_be_exact(profile):
+    assert CachedField(FIELD, profile, nfe=40).plan(TS).promised == 0
+    assert CachedField(FIELD, profile, rtol=1e-12).plan(TS).promised == 0
+
+
+def test_bounds_of_budgets_without_reuses_or_outside_of_what_was_rehearsed():
+    one = SensitivityProfile(torch.tensor([2.0, 1.0]), torch.ones(2), torch.ones(2))
+    nan, inf = torch.nan, torch.inf
+    ratios = torch.tensor([[[nan, 1.0], [nan, inf]], [[nan, nan], [nan, nan]]])
+    one = replace(one, budgets=torch.tensor([1, 2]), factors=torch.ones(2, 2), ratios=ratios)
+    assert one.bound(1, whole=True) == one.bound(1) == inf  # a reuse that was infinitely far off is not forgotten
+    assert one.bound(2, whole=True) == one.bound(2) == 0
+    assert one.bound(3) == inf
+
+
+def test_every_network_is_rehearsed():
+    class Two:
+        def __call__(self, x, t):
+            return torch.where(t > 0.4, -x, x.tanh())
+
+        def regime(self, t):
+            return torch.as_tensor(t) > 0.4
+
+    ts, x = grids.uniform(6), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    known = rehearse(Two(), calibrate(Two(), x, ts, progress=False), x, ts)
+    assert known.budgets.min() == 2

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, planned_tolerance, rms
+from sencache.reuse import VARIABLES
 from solvers import DPMSolverPP, Euler, Heun, Linear, grids, integrate
 from tests.flows import Nonlinear, linear_flow
 
@@ -60,6 +64,19 @@ def test_changes_are_weighed_by_what_becomes_of_them_and_added_up(method, grid, 
     assert found.all(1).sum() < len(found) - 1
 
 
+def test_heun_is_charged_for_each_of_its_two_outputs_at_one_time():
+    """On an even grid: half a step for each query, two at every time but the ends. An exact repetition is free."""
+    ts = grids.uniform(10, 0.9, 0.1)
+    cached = CachedField(linear_flow(), PROFILE, tolerance=1e9, unit="sample", reuse="hold")
+    cached.integrate(X, ts, Heun())
+    spent, each = torch.zeros(3, dtype=torch.float64), 0.08 / 2
+    for k, query in enumerate(cached.report.trace):
+        if not k or query.duplicate.any():
+            continue
+        spent = spent + each * query.predicted
+        torch.testing.assert_close(query.spent, spent)
+
+
 @pytest.mark.parametrize("profile", [None, "calibrated"])
 def test_a_tolerance_leads_to_the_same_error_on_every_grid(profile):
     """On grids of 40 to 160 steps, even or not: within a factor of 4. Of the output it is not: 100 and more."""
@@ -106,12 +123,12 @@ def test_without_a_grid_the_last_step_is_the_weight():
 
 @pytest.mark.parametrize("wrong", ["velocity", 1])
 def test_a_unit_that_is_none_is_refused(wrong):
-    with pytest.raises(ValueError, match="output or sample"):
+    with pytest.raises(ValueError, match="must be output or sample"):
         CachedField(Nonlinear(), PROFILE, tolerance=0.1, unit=wrong)
 
 
 def test_a_unit_goes_with_a_tolerance():
-    with pytest.raises(ValueError, match="goes with it"):
+    with pytest.raises(ValueError, match="goes with it; got unit='sample' alone"):
         CachedField(Nonlinear(), PROFILE, nfe=3, unit="sample")
 
 
@@ -143,6 +160,17 @@ def test_quick_samples_are_evaluated_sooner_under_a_plans_tolerance():
     assert abs(float(cached.report.evaluations.double().median()) - 6) <= 2
     patterns = torch.stack([query.reused for query in cached.report.trace], 1)
     assert len(patterns.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("variable", ["t", "log t"])
+def test_the_rule_continues_outputs_in_the_plans_variable(variable):
+    profile = calibrate(linear_flow(), X, GRIDS["uniform"], progress=False)
+    plan = replace(CachedField(linear_flow(), profile, nfe=9).plan(), variable=variable)
+    epsilon = pickle.loads(pickle.dumps(planned_tolerance(plan, profile)))
+    cached = CachedField(linear_flow(), profile, tolerance=epsilon, max_reuses=math.inf)
+    with cached.run(GRIDS["uniform"]) as run:
+        assert run.rule.variable is VARIABLES[variable]
+    assert CachedField(linear_flow(), profile, tolerance=0.1)._rule(None, Euler()).variable is VARIABLES["t"]
 
 
 def test_a_plan_of_unmeasured_sensitivities_makes_no_tolerance():
@@ -206,3 +234,36 @@ def test_what_is_observed_is_the_distance_to_the_polynomial_through_the_evaluati
     assert seen > 10
     patterns = torch.stack([query.reused for query in trace], 1)
     assert len(patterns.unique(dim=0)) > 1  # samples decide for themselves
+
+
+def test_what_was_reused_before_another_trajectory_stays_unobserved():
+    """Its gap never ended; the evaluations of the next trajectory say nothing of it."""
+    cached, ts = CachedField(Nonlinear(), tolerance=1e9, max_reuses=4, reuse="hold"), GRIDS["uniform"]
+    for _ in range(2):
+        x = X
+        for t, t_next in pairwise(ts):
+            x = x + (t_next - t) * cached(x, t)
+    first = cached.report.trace[: len(ts) - 1]
+    last = max(k for k, query in enumerate(first) if not query.reused.any())
+    assert last < len(ts) - 2
+    assert all(query.observed.isnan().all() for query in first[last + 1 :])
+    assert all(query.observed.isfinite().all() for query in first[:last] if query.reused.all())
+    assert not any(query.observed.isinf().any() for query in cached.report.trace)
+
+
+def test_a_sample_that_is_never_evaluated_again_does_not_slow_the_others():
+    class Field:
+        def __call__(self, x, t):
+            return -x
+
+        def select(self, rows):
+            return self
+
+    def seconds(steps):
+        x, ts = torch.tensor([[0.0], [1.0]]), torch.linspace(1, 0, steps + 1)
+        begun = time.process_time()
+        CachedField(Field(), tolerance=1e-9).integrate(x, ts)
+        return time.process_time() - begun
+
+    seconds(50)
+    assert seconds(800) < 4 * 3 * seconds(200)

@@ -50,6 +50,8 @@ class Calls:
         self.times, self.strict = times.unique(), strict
         self.recording = adjoint and torch.is_grad_enabled()
         self.learns = self.recording and any(part.requires_grad for part in _parameters(model))
+        if hasattr(model, "regime"):  # which network answers, asked in the grid's time
+            self.regime = model.regime
         self.evaluate: Callable[[], Any]
         self.run: Run | None = None
         self.expected: tuple[float, Tensor, Tensor] | None = None  # t of the next step, x there, the size of the step

@@ -175,6 +175,7 @@ class Handle:
             if (model, name, options) not in self._plans:
                 self._plans[model, name, options] = plan_of(profile, sampler, name, options)
             plan = self._plans[model, name, options]
+            self.report.expected, self.report.promised = plan.relative_error, plan.promised
         self.known = Known(name, model, sampler, profile, plan, planned and profile is None and not full)
         return self.known
 

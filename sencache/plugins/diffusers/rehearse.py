@@ -43,7 +43,8 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
     if not factors or handle.known is None:
         raise ValueError("`runs` must hold at least one run of the pipeline; got none.")
     facts = {**profile.facts, "rehearsed": handle.known.name}
-    profile = replace(profile, budgets=torch.tensor(budgets), factors=torch.cat(factors, 1), facts=facts)
+    measured = torch.cat(factors, 1)
+    profile = replace(profile, budgets=torch.tensor(budgets), factors=measured, ratios=None, facts=facts)
     handle.keep(profile)
     return profile
 
