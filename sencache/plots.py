@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from sencache.plan import Plan
 from sencache.profile import SensitivityProfile
@@ -82,9 +83,8 @@ def draw_nodes(axes: Axes, plans: Sequence[Plan]) -> None:
         colours = [EVALUATED if one else REUSED for one in evaluated]
         axes.bar(np.arange(len(evaluated)), 0.8, 1, row - 0.4, color=colours, align="edge", edgecolor="white", lw=0.3)
     if plans:
-        times = plans[0].times
-        shown = np.unique(np.linspace(0, len(times) - 1, 6).round().astype(int))
-        axes.set_xticks(shown + 0.5, [f"{times[k]:.3g}" for k in shown])
+        shown = _some(plans[0].times)
+        axes.set_xticks([k + 0.5 for k in shown], list(shown.values()))
     axes.set_yticks(range(len(plans)), [f"nfe={len(plan.nodes)}" for plan in plans])
     axes.invert_yaxis()
     axes.set_xlabel("t, in the sampler's direction")
@@ -98,13 +98,17 @@ def draw_outputs(axes: Axes, profile: SensitivityProfile) -> None:
     gram = profile.gram.mean(0)
     size = gram.diagonal()
     apart = (size[:, None] + size - 2 * gram).clamp(min=0).sqrt() / ((size[:, None] + size) / 2).sqrt()
-    mesh = axes.pcolormesh(profile.t, profile.t, apart, cmap="viridis", shading="nearest", vmin=0)
-    if profile.direction < 0:
-        axes.invert_xaxis()
-        axes.invert_yaxis()
+    image, shown = axes.imshow(apart, cmap="viridis", vmin=0), _some(profile.t)
+    axes.set_xticks(list(shown), list(shown.values()))
+    axes.set_yticks(list(shown), list(shown.values()))
     axes.set_xlabel("t, in the sampler's direction")
-    axes.set_ylabel("t")
-    axes.figure.colorbar(mesh, ax=axes)
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _some(times: Tensor) -> dict[int, str]:
+    """Some of the times (T,), in words, by their number."""
+    shown = np.unique(np.linspace(0, len(times) - 1, 6).round().astype(int)).tolist()
+    return {k: f"{times[k]:.4g}" for k in shown}
 
 
 def draw_summary(figure: Figure, profile: SensitivityProfile, plans: Sequence[Plan]) -> None:

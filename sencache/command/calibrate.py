@@ -58,9 +58,8 @@ def run(options: argparse.Namespace) -> None:
     profile = replace(profile, facts={**profile.facts, "seeds": [seeds[0], seeds[-1]]})
     profile.save(options.out)
     unfinished.unlink(missing_ok=True)
-    print(
-        f"{options.out}: {samples} full runs of {source.steps} steps ({source.method}), {seeds_in_words(seeds[:samples])}."
-    )
+    runs = f"{samples} full run{'s' * (samples > 1)} of {source.steps} steps"
+    print(f"{options.out}: {runs} ({source.method}), {seeds_in_words(seeds[:samples])}.")
     if options.rehearse:
         print(f"Plans were rehearsed on {options.rehearse} further samples, {seeds_in_words(seeds[samples:])}.")
     if options.rehearse and options.rehearse < ENOUGH:

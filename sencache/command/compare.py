@@ -77,10 +77,12 @@ def overlap(profile: SensitivityProfile, seeds: range) -> str:
 def table(rows: list[Row], source: Source) -> str:
     """Errors to the full run: relative RMS, and in dB where samples are pictures."""
     full = rows[0].outcome
-    heads = f"{'':<24}{source.counted:>18}{'seconds':>9}{'speed-up':>10}{'error: median':>15}{'worst decile':>14}{'expected':>10}"
+    wide = len(source.counted) + 2
+    heads = f"{'':<22}{source.counted:>{wide}}{'seconds':>9}{'speed-up':>10}"
+    heads += f"{'error: median':>15}{'worst decile':>14}{'expected':>10}"
     lines = [heads + (f"{'PSNR: median':>14}{'worst decile':>14}" if source.span else "")]
     for name, outcome in rows:
-        line = f"{name:<24}{outcome.evaluations:18.4g}{outcome.seconds:9.3g}{full.seconds / outcome.seconds:9.2f}x"
+        line = f"{name:<22}{outcome.evaluations:{wide}.4g}{outcome.seconds:9.3g}{full.seconds / outcome.seconds:9.2f}x"
         if outcome is not full:
             error = relative_error(outcome.samples, full.samples)
             expected = "" if math.isnan(outcome.expected) else f"{outcome.expected:.2e}"
@@ -90,12 +92,9 @@ def table(rows: list[Row], source: Source) -> str:
                 line += f"{near.median():11.1f} dB{near.quantile(0.1, interpolation='lower'):11.1f} dB"
         lines.append(line)
     lines.append(
-        "Seconds and counts are a sample's. Errors are RMS, relative to the full run's sample of the same seed."
+        "Counts and seconds, planning included, are a sample's. Errors are RMS, relative to the full run of its"
     )
-    if any(not math.isnan(row.outcome.expected) for row in rows):
-        lines.append(
-            "Expected is said by the profile beforehand, of the sampler's final state and before any decoding."
-        )
+    lines.append("seed; what is expected is said by the profile beforehand, of the final state undecoded.")
     return "\n".join(line.rstrip() for line in lines)
 
 

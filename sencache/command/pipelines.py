@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class PipelineSource:
                 self._run("calibrate", seed, self.steps)
                 if handle.profile is None:
                     raise ValueError(
-                        f"{type(self.pipe).__name__} walked no whole grid of its scheduler in this run, so that nothing "
-                        "was measured. sencache caches the calls of a transformer (or UNet) between a scheduler's steps."
+                        f"{type(self.pipe).__name__} walked no whole grid of its scheduler in this run, so that "
+                        "nothing was measured. It should call a transformer or UNet between the scheduler's steps."
                     )
                 profiles.append(handle.profile)
         gram, size = (torch.cat([getattr(one, name) for one in profiles]) for name in ("gram", "size"))
@@ -61,7 +62,7 @@ class PipelineSource:
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
         with self._enabled("rehearse", profile=profile) as handle:
-            return handle.rehearse([lambda seed=seed: self._run("rehearse", seed, self.steps) for seed in seeds])
+            return handle.rehearse([partial(self._run, "rehearse", seed, self.steps) for seed in seeds])
 
     def check(self, profile: SensitivityProfile, budgets: list[int]) -> None:
         with self._enabled("check", profile=profile) as handle:

@@ -55,7 +55,7 @@ def budgets_of(profile: SensitivityProfile) -> list[int]:
     if profile.budgets is not None:
         return profile.budgets.tolist()
     least = len(profile.facts.get("crossings", [])) + 1  # networks that take turns
-    return sorted({nfe for nfe in usual_budgets(len(profile.t)) if nfe >= least} | {len(profile.t)})
+    return sorted({max(least, nfe) for nfe in usual_budgets(len(profile.t))})
 
 
 def unplannable(profile: SensitivityProfile) -> str:
@@ -121,10 +121,11 @@ def expectations(profile: SensitivityProfile, plans: list[Plan]) -> str:
     if not rehearsed:
         said.append("They leave out what errors do to later outputs: `sencache calibrate --rehearse` measures that.")
     lines += textwrap.wrap(" ".join(said), 110)
+    lines.append("")
     for plan in plans:
         times = ", ".join(f"{t:.4g}" for t in plan.times[plan.nodes].tolist())
         lead = f"nfe={len(plan.nodes)}: "
-        lines += ["", *textwrap.wrap(lead + times, 110, subsequent_indent=" " * len(lead))]
+        lines += textwrap.wrap(lead + times, 110, subsequent_indent=" " * len(lead))
     return "\n".join(lines)
 
 

@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 def plain_picture(sample: Tensor, full: Tensor) -> Any:
-    """A sample that is no picture: its first channel, some frames of it or the vector itself, in the range of `full`."""
+    """A sample that is no picture: its first channel, some frames of it or the vector, in the range of `full`."""
     low, high = float(full.min()), float(full.max())
     values = ((sample.float() - low) / max(high - low, 1e-12)).clamp(0, 1)
     if values.ndim == 4:  # (C, F, H, W)
