@@ -98,7 +98,7 @@ def draw_outputs(axes: Axes, profile: SensitivityProfile) -> None:
     gram = profile.gram.mean(0)
     size = gram.diagonal()
     apart = (size[:, None] + size - 2 * gram).clamp(min=0).sqrt() / ((size[:, None] + size) / 2).sqrt()
-    image, shown = axes.imshow(apart, cmap="viridis", vmin=0), _some(profile.t)
+    image, shown = axes.imshow(apart.numpy(), cmap="viridis", vmin=0), _some(profile.t)
     axes.set_xticks(list(shown), list(shown.values()))
     axes.set_yticks(list(shown), list(shown.values()))
     axes.set_xlabel("t, in the sampler's direction")

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 def again(options: argparse.Namespace) -> str:
     """The options that name the same source to `compare`; a profile tells the rest of a field."""
     if options.field:
-        names = ["field", "device", "dtype"] + (["steps", "start", "end", "shift"] if options.shift else [])
+        names = ["field", "device", "dtype"]
     else:
         names = ["pipeline", "prompt", "prompts", "negative_prompt", "steps", "guidance", "height", "width", "frames"]
         names += ["option", "device", "dtype"]
