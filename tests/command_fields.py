@@ -17,7 +17,7 @@ def picture(x, t):
 
 
 class Scaled:
-    """A field of x (B, 1, 4, 4) that is conditioned: sample i decays at its own rate. It counts what it is asked for."""
+    """A field of x (B, 1, 4, 4) that is conditioned: sample i decays at its own rate. It counts calls."""
 
     asked = 0
     stops_at = -1  # raises KeyboardInterrupt there

@@ -110,7 +110,7 @@ def test_without_a_profile_it_is_measured_on_another_seed(folder, tmp_path, monk
     assert typed(f"compare --pipeline {folder}/wan --prompt 'a cat' {SIZE} --no-picture") == 0
     printed = capsys.readouterr().out
     assert "Measured on seed 0;" in printed
-    assert "1 samples, seed 1000;" in printed or "1 sample, seed 1000;" in printed
+    assert "1 sample, seed 1000;" in printed
     assert table(printed)["sencache, nfe=5"]["evaluations"] == 10
     assert not list(tmp_path.iterdir())
 
@@ -135,3 +135,28 @@ def test_a_mistake_is_one_line(more, words, folder, tmp_path, monkeypatch, capsy
     assert last.startswith("sencache: ")
     assert re.search(words, last), last
     assert not Path("comparison.png").exists()
+
+
+def test_the_commands_of_the_guide_run_one_after_the_other(folder, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/guide.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    assert [shlex.split(line)[:2] for line in lines] == [
+        ["sencache", name] for name in ("calibrate", "show", "compare", "calibrate", "compare")
+    ]
+    monkeypatch.chdir(tmp_path)
+    smaller = {
+        "--rehearse 32": "--rehearse 1 --steps 10 --samples 2",
+        "--nfe 20 10": "--nfe 5 3",
+        "--nfe 20": "--nfe 5",
+        "--pipeline FOLDER": f"--pipeline {folder}/wan",
+        "--prompts prompts.txt": f"--prompts {folder}/prompts.txt",
+        "--steps 50": SIZE,
+        "compare --field": "compare --samples 2 --field",
+    }
+    for line in lines:
+        for large, small in smaller.items():
+            line = line.replace(large, small)
+        assert typed(line.removeprefix("sencache ")) == 0, capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "sit.safetensors", "sit.png", "comparison.png", "wan.safetensors"
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The house: torch <- solvers <- core <- calibrate, baselines <- adapters <- plugins <- command <- benchmarks, tests."""
+"""The house: torch <- solvers <- core <- calibrate, baselines <- adapters <- plugins <- command <- benchmarks."""
 
 from __future__ import annotations
 

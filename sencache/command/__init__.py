@@ -11,7 +11,7 @@ import torch
 
 from sencache.command import calibrate, compare, show
 
-EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.cuda.OutOfMemoryError)
 
 
 class Parser(argparse.ArgumentParser):

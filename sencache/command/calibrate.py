@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 
 from sencache.command.options import add_source, check_target, count, open_source
@@ -51,9 +52,8 @@ def run(options: argparse.Namespace) -> None:
             profile = source.rehearsed(profile, fresh)
             seeds = range(seeds.start, fresh.stop)
     except KeyboardInterrupt:
-        kept = (
-            f"What was measured is in {unfinished}; the same command goes on from there." if unfinished.exists() else ""
-        )
+        begun = any(unfinished.parent.glob(f"{escape(unfinished.name)}*"))
+        kept = f"What was measured is in {unfinished}; the same command goes on from there." if begun else ""
         raise KeyboardInterrupt(kept or "Nothing was written.") from None
     profile = replace(profile, facts={**profile.facts, "seeds": [seeds[0], seeds[-1]]})
     profile.save(options.out)

@@ -59,9 +59,8 @@ def run(options: argparse.Namespace) -> None:
         rows.append(Row(f"sencache, nfe={nfe}", source.cached(seeds, profile, nfe)))
         steps, outcome = source.fewer(seeds, nfe)
         rows.append(Row(f"fewer steps, {steps}", outcome))
-    print(
-        f"{samples} samples, {seeds_in_words(seeds)}; {source.method}, {source.steps} steps.{overlap(profile, seeds)}"
-    )
+    taken = f"{samples} sample{'s' * (samples > 1)}, {seeds_in_words(seeds)}"
+    print(f"{taken}; {source.method}, {source.steps} steps.{overlap(profile, seeds)}")
     print(table(rows, source))
     if not options.no_picture:
         draw(rows, source, options.picture)

@@ -30,7 +30,7 @@ def add_source(parser: argparse.ArgumentParser, seed: int) -> None:
     both = parser.add_argument_group("of both")
     both.add_argument("--steps", type=count, help="of the full run (default 50, or those of --profile)")
     both.add_argument("--seed", type=int, default=seed, help=f"of the first sample; the next has the next ({seed})")
-    both.add_argument("--samples", type=count, help="how many (default 8 of a field, 1 of a pipeline)")
+    both.add_argument("--samples", type=count, help="how many (default 8, or one for each prompt)")
     both.add_argument("--device", help="cpu, cuda, ... (default cuda where there is one)")
     both.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="default float32")
     field = parser.add_argument_group("of a field")

@@ -32,11 +32,11 @@ NAMES = {"height": "height", "width": "width", "frames": "num_frames", "guidance
 class PipelineSource:
     """A pipeline with prompts; what it returns is decoded, or latents where it has no VAE."""
 
-    few, counted = 1, "transformer calls"
+    counted = "transformer calls"
 
     def __init__(self, options: argparse.Namespace):
         self.prompts = prompts(options)
-        self.given = arguments(options)
+        self.given, self.few = arguments(options), len(self.prompts)
         self.steps, self.first = options.steps or 50, options.seed
         self.pipe = load(options.pipeline, getattr(torch, options.dtype or "float32"), device(options.device))
         decodes = getattr(self.pipe, "vae", None) is not None
