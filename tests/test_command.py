@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -61,6 +62,13 @@ def test_the_module_is_the_command():
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=True)
     assert all(name in done.stdout for name in ("calibrate", "show", "compare", "--traceback"))
     assert not done.stderr
+
+
+def test_what_is_installed_as_sencache_is_the_command():
+    scripts = (ROOT / "pyproject.toml").read_text().split("[project.scripts]\n")[1].split("\n\n")[0]
+    name, module, function = re.fullmatch(r'(\w+) = "([\w.]+):(\w+)"', scripts).groups()
+    assert name == "sencache"
+    assert getattr(importlib.import_module(module), function) is main
 
 
 @pytest.mark.parametrize("command", ["calibrate", "show", "compare"])
