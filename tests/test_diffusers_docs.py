@@ -7,45 +7,15 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tests.tiny_pipelines import WIDTH, wan
+from tests.tiny_text import saved_wan
 
 PAGE = (Path(__file__).parent.parent / "docs/diffusers.md").read_text()
 
 
 @pytest.fixture
 def saved(tmp_path):
-    words = [
-        "<unk>",
-        "<pad>",
-        "a",
-        "cat",
-        "dog",
-        "rain",
-        "street",
-        "sea",
-        "train",
-        "snow",
-        "dancer",
-        "kitchen",
-        "horse",
-    ]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    config = UMT5Config(
-        vocab_size=len(words), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    pipe = wan()
-    pipe.register_modules(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"),
-        text_encoder=UMT5EncoderModel(config).eval(),
-    )
-    pipe.save_pretrained(tmp_path / "wan")
-    return tmp_path / "wan"
+    return saved_wan(tmp_path / "wan")
 
 
 def test_the_page_runs(saved, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,9 @@
-"""The house: torch <- solvers <- sencache core <- calibrate, baselines <- adapters <- plugins <- benchmarks, tests."""
+"""The house: torch <- solvers <- core <- calibrate, baselines <- adapters <- plugins <- command <- benchmarks."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ FLOORS = {  # the longest name that fits; a file on a floor imports from this fl
     "sencache.plots": 2,
     "sencache.adapters": 3,
     "sencache.plugins": 4,
-    "benchmarks": 5,
-    "tests": 5,
+    "sencache.command": 5,
+    "sencache.__main__": 5,
+    "benchmarks": 6,
+    "tests": 6,
 }
 ALLOWED = {  # from outside, besides the standard library
     "solvers": {"torch", "torchdiffeq"},
@@ -89,6 +92,16 @@ def test_only_what_its_floor_is_built_on_is_imported_from_outside(path):
 def test_solvers_knows_nothing_of_caches():
     for path in (ROOT / "solvers").rglob("*.py"):
         assert not any(module.split(".")[0] == "sencache" for _, module in imports(path))
+
+
+def test_the_command_is_imported_only_when_it_is_typed_and_pictures_and_hosts_when_they_are_needed():
+    for module, absent in (
+        ("sencache", {"sencache.command", "matplotlib", "diffusers"}),
+        ("sencache.command", {"matplotlib", "diffusers", "benchmarks"}),
+    ):
+        code = f"import {module}, sys; print({absent!r} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.strip() == "set()", module
 
 
 def test_what_is_imported_is_a_dependency():

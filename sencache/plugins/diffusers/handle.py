@@ -185,7 +185,7 @@ class Handle:
             return
         known, measured = self._trajectory.known, self._trajectory.measured
         if known is not None and known.measures and known.sampler is not None and self._trajectory.over:
-            facts = {"fingerprint": known.model, "sampler": known.name}
+            facts = {"fingerprint": known.model, "sampler": known.name, "gain": known.sampler.gain.tolist()}
             profile = measured.profile(known.sampler, facts)
             if profile.gram is not None and profile.gram.isfinite().all():
                 self.store.keep(known.model, known.name, profile)

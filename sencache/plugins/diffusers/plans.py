@@ -12,6 +12,19 @@ from sencache.plugins.diffusers.sampler import Sampler
 from sencache.profile import SensitivityProfile
 
 
+def plan_on_file(profile: SensitivityProfile, nfe: int) -> Plan:
+    """The plan of `nfe` evaluations for the scheduler and grid that the profile was measured on.
+
+    Raises ValueError for a profile that does not know how its scheduler weighed the outputs.
+    """
+    gain = profile.facts.get("gain")
+    if gain is None:
+        raise ValueError("This profile does not know its scheduler's weights, without which nothing can be planned.")
+    weights = {("", 0): torch.tensor(gain, dtype=torch.float64)}
+    sampler = Sampler(profile.t, torch.arange(len(profile.t)), (weights,))
+    return plan_of(profile, sampler, profile.facts["sampler"], Options(nfe=nfe))
+
+
 def plan_of(
     profile: SensitivityProfile,
     sampler: Sampler,
