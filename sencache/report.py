@@ -20,8 +20,8 @@ class Query(NamedTuple):
     duplicate: Tensor  # (B,) bool: x, t and conditioning were those of the call before
     computed: Tensor  # (B,) bool: the row went through the field
     branch: int  # which conditioning, in the order of appearance
-    observed: Tensor  # (B,) float64, the RMS error of a reuse, as the next evaluation showed it; NaN until then, and
-    #                   where none came, where only the blocks were reused, and for norms that are no root of squares
+    observed: Tensor  # (B,) float64, the RMS error of a reuse, as the next evaluation showed it; NaN until then, where
+    #                   none came and where blocks were reused. A norm other than a root of squares it does not fit
     spent: Tensor  # (B,) float64, what was compared with the tolerance: `predicted`, or what reuses did to the sample
 
 

@@ -97,6 +97,8 @@ class Trajectory:
         if known.sampler is not None:
             self.debts = Debts(known.sampler, len(x), pays)
             self.run.rule = rule_of(self.options, known.plan, known.profile, self.debts)
+            variable = self.run.rule.variable  # until here it was t itself
+            self.notes[:] = [note._replace(nodes=variable(note.nodes)) for note in self.notes]
         return known
 
     def _stand(self, scheduler: Any, timestep: Any) -> None:
