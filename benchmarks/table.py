@@ -89,7 +89,7 @@ def rows_of(bench: Bench, nfe: int) -> list[Row]:
     inner = grids.log_snr(nfe - 2, PATH, 1 - 1 / nfe, 1 / nfe)
     log_snr = torch.cat([torch.ones(1), inner, torch.zeros(1)])
     plan = CachedField(bench.field, profile, nfe=nfe).plan(GRID)
-    nodes = torch.cat([plan.times[plan.nodes], torch.zeros(1)])
+    nodes = grids.through(plan.times[plan.nodes], 0.0)
     n = 3 if nfe > 12 else math.inf  # of 50 evaluations, n = 3 leaves at least 13
     rule = {"profile": profile, "max_reuses": n, "reuse": "hold"}
     ours = {"profile": profile, "nfe": nfe}

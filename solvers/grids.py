@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from solvers.loop import check_grid
 from solvers.paths import Path
 
 
@@ -45,6 +46,12 @@ def karras(steps: int, path: Path, start: float = 0.999, end: float = 0.001, rho
     """Equal steps of (sigma / alpha)^(1 / rho) (Karras et al. 2022, Eq. 5)."""
     first, last = (torch.exp(-path.log_snr(t) / rho).item() for t in _inside(start, end))
     return path.time_of(-rho * torch.log(_spaced(steps, first, last)))
+
+
+def through(times: Tensor, end: float | Tensor) -> Tensor:
+    """The grid of given times (K,), such as a plan's nodes ``plan.times[plan.nodes]``, and its end: (K + 1,)."""
+    known = torch.as_tensor(times, dtype=torch.float64).cpu()
+    return check_grid(torch.cat([known, known.new_tensor([float(end)])]))
 
 
 def _inside(start: float, end: float) -> tuple[float, float]:

@@ -494,6 +494,15 @@ def full_run_difference(flow, i, j):
     return (gram[:, i, i] + gram[:, j, j] - 2 * gram[:, i, j]).sqrt().median()
 
 
+def test_a_plans_nodes_are_a_grid_for_a_plain_solver():
+    flow = GaussianFlow(Linear())
+    plan = CachedField(flow, calibrated(flow), nfe=5).plan(TS)
+    nodes = grids.through(plan.times[plan.nodes], TS[-1])
+    assert torch.equal(nodes, TS[[*plan.nodes.tolist(), len(TS) - 1]].double())
+    with pytest.raises(ValueError, match="strictly monotone"):
+        grids.through(plan.times[plan.nodes], float(TS[0]))
+
+
 def test_two_grids_and_two_steppers_have_plans_of_their_own():
     flow = GaussianFlow(Linear())
     cached = CachedField(flow, calibrated(flow), nfe=4)
