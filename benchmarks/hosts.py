@@ -1,7 +1,7 @@
 """The shipped SiT through the samplers of other people: `python -m benchmarks.hosts` prints the table of docs/hosts.md.
 
 Each sampler's own full run is the reference of its cached runs and of fewer of its steps: PSNR in dB, the median over
-images. All begin at the same noise, from the seeds for choosing, and walk uniform grids in t from 0.999, where
+images. All begin at the same noise, from the reported seeds, and walk uniform grids in t from 0.999, where
 sigma = t / (1 - t) is finite: 50 steps of one evaluation, 25 of two, 12 of four.
 """
 
@@ -188,7 +188,7 @@ def measured(
     case: Case, samples: int, budgets: tuple[int, ...], ways: tuple[str, ...] = WAYS
 ) -> Iterator[tuple[str, int, Tensor]]:
     """(what was done, evaluations an image, PSNR (samples,) to the full run) of one sampler, where it makes sense."""
-    field, x = sit_field(samples), noise(samples, "choosing")
+    field, x = sit_field(samples), noise(samples, "reported")
     ts = grid(case, 50)
     full, paid = case.sample(field, x, ts, None)
     yield "full", paid, torch.full((samples,), torch.inf)

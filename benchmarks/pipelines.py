@@ -14,8 +14,8 @@ import diffusers
 import torch
 
 import sencache
+from benchmarks.tiny_pipelines import cogvideox, flux, ltx, run_cogvideox, run_flux, run_ltx, run_sd3, run_wan, sd3, wan
 from sencache.norms import rms
-from tests.tiny_pipelines import cogvideox, flux, ltx, run_cogvideox, run_flux, run_ltx, run_sd3, run_wan, sd3, wan
 
 STEPS, SEEDS = 24, range(8)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}

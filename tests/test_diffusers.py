@@ -10,10 +10,7 @@ import pytest
 import torch
 
 import sencache
-from sencache.norms import rms
-from sencache.plugins.diffusers.conditioning import Call
-from sencache.schedule import Problem
-from tests.tiny_pipelines import (
+from benchmarks.tiny_pipelines import (
     cogvideox,
     counted,
     flux,
@@ -30,6 +27,9 @@ from tests.tiny_pipelines import (
     sd3,
     wan,
 )
+from sencache.norms import rms
+from sencache.plugins.diffusers.conditioning import Call
+from sencache.schedule import Problem
 
 PIPELINES = {  # how it is built, how it is run, transformer calls a step
     "Wan 2.1": (wan, run_wan, 2),

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import sencache
+from benchmarks.tiny_pipelines import counted, ltx, prompt, run_ltx, run_wan, wan
 from sencache.norms import rms
-from tests.tiny_pipelines import counted, ltx, prompt, run_ltx, run_wan, wan
 
 STEPS, NFE = 10, 5
 

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 import sencache
-from sencache.norms import rms
-from sencache.plugins.diffusers.store import default_folder
-from tests.tiny_pipelines import (
+from benchmarks.tiny_pipelines import (
     cogvideox,
     counted,
     flux,
@@ -22,6 +20,8 @@ from tests.tiny_pipelines import (
     sd3,
     wan,
 )
+from sencache.norms import rms
+from sencache.plugins.diffusers.store import default_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of schedulers, in NumPy
 

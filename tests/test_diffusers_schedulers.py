@@ -10,11 +10,11 @@ import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 import sencache
+from benchmarks.tiny_pipelines import cogvideox, counted, prompt, run_cogvideox, run_wan, wan
 from sencache import CachedField
 from sencache.norms import rms
 from sencache.plugins.diffusers.sampler import clock, probe
 from solvers import DPMSolverPP, Euler, Linear, UniPC
-from tests.tiny_pipelines import cogvideox, counted, prompt, run_cogvideox, run_wan, wan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),

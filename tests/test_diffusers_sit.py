@@ -61,6 +61,7 @@ def test_with_a_single_step_scheduler_it_is_as_close_as_integrate(nfe, tmp_path)
     pipe(noise(SAMPLES, "calibration"))
     cached = pipe(x)
     assert handle.report.evaluations.tolist() == [nfe] * SAMPLES
+    assert handle.report.expected == handle.plan.relative_error
     with torch.no_grad():
         profile = calibrate(field, noise(SAMPLES, "calibration"), ts.float(), secants=False, progress=False)
         ours = CachedField(field, profile, nfe=nfe).integrate(x, ts.float())

@@ -154,6 +154,27 @@ def test_a_plan_is_made_once_for_all_trajectories(name, monkeypatch):
 # torchdiffeq
 
 
+def test_nothing_is_reused_where_another_network_takes_over():
+    asked = []
+
+    class Two:
+        def __call__(self, t, y):
+            asked.append(float(t))
+            return func(t, y) if t > 0.505 else -func(t, y)
+
+        def regime(self, t):
+            return torch.as_tensor(t) > 0.505
+
+    two = Two()
+    profile = calibrate(for_torchdiffeq.field(two), X, TS, progress=False)
+    asked.clear()
+    with for_torchdiffeq.wrap(two, profile, TS, method="euler", nfe=6) as cached:
+        torchdiffeq.odeint(cached, X, TS, method="euler")
+    assert len(asked) == 6
+    change = next(float(t) for t in TS if t <= 0.505)
+    assert any(abs(t - change) < 1e-6 for t in asked)
+
+
 def test_a_tuple_of_states_is_answered_part_by_part():
     host = BY_NAME["torchdiffeq euler"]
 

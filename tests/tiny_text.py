@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from tests.tiny_pipelines import WIDTH, wan
+from benchmarks.tiny_pipelines import WIDTH, wan
 
 WORDS = ["<unk>", "<pad>", "a", "cat", "dog", "rain", "street", "sea", "train", "snow", "dancer", "kitchen", "horse"]
 
