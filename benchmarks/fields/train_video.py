@@ -107,12 +107,7 @@ def train(
             print(row, flush=True)
             states = dict(model=model.state_dict(), ema=ema.state_dict())
             torch.save(dict(**states, optimizers=[o.state_dict() for o in optimizers], step=step, spent=spent), resume)
-            video.save(
-                ema,
-                family,
-                folder / f"{family}.safetensors",
-                data="Big Buck Bunny, (c) 2008 Blender Foundation, CC-BY 3.0",
-            )
+            video.save(ema, family, folder / f"{family}.safetensors", data=SOURCE)
     resume.unlink()
 
 
