@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sencache.baselines.steps import apart, at_an_end, grid_of, mean_abs
+from sencache.baselines.steps import apart, due, grid_of, mean_abs
 from sencache.memory import Look, copy, take
 
 
@@ -48,7 +48,7 @@ class EasyCache:
             return torch.full_like(seen.t, math.inf)
         change = seen.noted.rate * apart(seen.now, seen.noted.x) / seen.noted.size
         change = torch.where(change.isfinite(), change, math.inf)
-        return (seen.spent + change).masked_fill(at_an_end(self.ts, seen.t, self.warmup, self.last), math.inf)
+        return (seen.spent + change).masked_fill(due(self.ts, seen, self.warmup, self.last), math.inf)
 
     def note(self, seen: Look, rows: Tensor, y: Any) -> Noted:
         unknown = torch.full_like(seen.t, math.nan)

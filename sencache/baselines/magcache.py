@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.baselines.steps import full_run, grid_of, step_of
+from sencache.baselines.steps import due, full_run, grid_of, step_of
 from sencache.memory import Look
 from sencache.trees import tensors
 from solvers import Euler, Stepper
@@ -53,8 +53,7 @@ class MagCache:
     def predicted(self, seen: Look) -> Tensor:
         step, ref = (step_of(self.ts, t).clamp(0, len(self.product) - 1) for t in (seen.t, seen.t_ref))
         error = (1 - self.product[step] / self.product[ref]).abs()
-        early = step_of(self.ts, seen.t) < self.retained
-        return (seen.spent + error).masked_fill(early | ~seen.distance.isfinite(), math.inf)
+        return (seen.spent + error).masked_fill(due(self.ts, seen, self.retained, 0), math.inf)
 
 
 def magnitude_ratios(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sencache.memory import Look
 from sencache.norms import difference
 from sencache.trees import tensors
 from solvers import Stepper, integrate
@@ -24,10 +25,10 @@ def step_of(ts: Tensor, t: Tensor) -> Tensor:
     return torch.searchsorted(ts * direction, t * direction + slack, right=True) - 1
 
 
-def at_an_end(ts: Tensor, t: Tensor, first: int, last: int) -> Tensor:
-    """Whether t (B,) lies in the `first` or in the `last` steps of ts (K + 1,)."""
-    k = step_of(ts, t)
-    return (k < first) | (k >= len(ts) - 1 - last)
+def due(ts: Tensor, seen: Look, first: int, last: int) -> Tensor:
+    """Whether samples (B,) must be evaluated: in the `first` and the `last` steps of ts (K + 1,), or with no output."""
+    k = step_of(ts, seen.t)
+    return (k < first) | (k >= len(ts) - 1 - last) | ~seen.distance.isfinite()
 
 
 def grid_of(ts: Tensor) -> Tensor:

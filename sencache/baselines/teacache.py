@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.baselines.steps import apart, at_an_end, full_run, grid_of, mean_abs
+from sencache.baselines.steps import apart, due, full_run, grid_of, mean_abs
 from sencache.memory import Look, copy
 from solvers import Euler, Stepper
 
@@ -46,7 +46,7 @@ class TeaCache:
         if seen.noted is None:
             return torch.full_like(seen.t, math.inf)
         change = rescaled(self.coefficients, relative(seen.now, seen.noted))
-        return (seen.spent + change).masked_fill(at_an_end(self.ts, seen.t, self.first, self.last), math.inf)
+        return (seen.spent + change).masked_fill(due(self.ts, seen, self.first, self.last), math.inf)
 
     def note(self, seen: Look, rows: Tensor, y: Any) -> Any:
         return copy(seen.now)  # of every query, evaluated or not
