@@ -81,8 +81,8 @@ def ours_uncalibrated(case: Case, samples: Samples, nfe: int, knob: float, measu
 
 
 def sencache_paper(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
-    """The authors' settings, their strict start too; n = 3 unless that leaves more than the budget."""
-    epsilon, n = strict_start(case.grid(), knob), 3 if nfe > 12 else math.inf
+    """The authors' settings, their strict start too: 10 steps; n = 3, unlimited at budgets that this cannot reach."""
+    epsilon, n = strict_start(case.grid(), knob), 3 if nfe >= 20 else math.inf
     rule: dict[str, Any] = dict(tolerance=epsilon, max_reuses=n, reuse="hold", payload="blocks")
     return cached(case, samples, profile=case.profile, **rule)
 
@@ -102,8 +102,8 @@ def teacache(case: Case, samples: Samples, nfe: int, knob: float, measured: list
 
 
 def magcache(case: Case, samples: Samples, nfe: int, knob: float, measured: list[float]) -> Outcome:
-    """K = 4 as the authors' fast setting for Wan; without limit and with half the retention at the least budget."""
-    retention, most = (0.2, 4) if nfe > 12 else (0.1, math.inf)
+    """K = 4 as the authors' fast setting for Wan; unlimited, and with less retention, at budgets that it cannot reach."""
+    retention, most = 0.2 if nfe > 12 else 0.1, 4 if nfe >= 20 else math.inf
     return held(case, samples, MagCache(measured, case.grid(), retention=retention), tolerance=knob, max_reuses=most)
 
 
