@@ -102,7 +102,7 @@ def teacache(case: Case, samples: Samples, nfe: int, knob: float, measured: list
 
 
 def magcache(case: Case, samples: Samples, nfe: int, knob: float, measured: list[float]) -> Outcome:
-    """K = 4 as the authors' fast setting for Wan; unlimited, and with less retention, at budgets that it cannot reach."""
+    """K = 4 as the authors' fast setting for Wan; unlimited and with less retention where that cannot go."""
     retention, most = 0.2 if nfe > 12 else 0.1, 4 if nfe >= 20 else math.inf
     return held(case, samples, MagCache(measured, case.grid(), retention=retention), tolerance=knob, max_reuses=most)
 
