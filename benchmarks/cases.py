@@ -100,7 +100,7 @@ def cases() -> dict[str, Case]:
     linear = partial(Case, path=Linear(), stepper=Euler())
     return {
         "sit": linear("sit", shift=1.0, guidance=2.0),
-        "wan": linear("wan", shift=3.0, guidance=3.0),
-        "ltx": linear("ltx", shift=2.6, guidance=3.0),
-        "cogvideox": Case("cogvideox", table, DPMSolverPP(table, order=1), shift=1.0, guidance=3.0),
+        "wan": linear("wan", shift=3.0, guidance=2.0),
+        "ltx": linear("ltx", shift=2.6, guidance=2.0),
+        "cogvideox": Case("cogvideox", table, DPMSolverPP(table, order=1), shift=1.0, guidance=2.0),
     }
