@@ -128,11 +128,26 @@ def test_a_truth_and_another_distance_fill_their_columns(weights, done, tmp_path
     assert load_unit(out / "truth/00000.safetensors").facts["evaluations"] == 24
     brightness = lambda video, reference: float((video.float().mean() - reference.float().mean()).abs())  # noqa: E731
     monkeypatch.setitem(tabulate.DISTANCES, "stlpips", brightness)
+    monkeypatch.setattr(tabulate, "fetch", lambda: None)
+    monkeypatch.setattr(tabulate, "CACHE", tmp_path)
+    (tmp_path / tabulate.WHEEL).touch()
     assert tabulate.main(["--out", str(out)]) == 0
     found = rows(out)
     assert float(found["steps3"]["psnr_true"]) < float(found["full"]["psnr_true"]) < math.inf
     assert float(found["truth"]["psnr_true"]) == math.inf
     assert float(found["full"]["stlpips"]) == 0 < float(found["steps3"]["stlpips"])
+
+
+def test_without_the_weights_of_st_lpips_its_column_is_empty(done, tmp_path, monkeypatch, capsys):
+    def failing():
+        raise RuntimeError("pip could not download them")
+
+    monkeypatch.setitem(tabulate.DISTANCES, "stlpips", tabulate.stlpips)
+    monkeypatch.setattr(tabulate, "fetch", failing)
+    monkeypatch.setattr(tabulate, "CACHE", tmp_path)
+    assert tabulate.main(["--out", str(done)]) == 0
+    assert "Without ST-LPIPS. pip could not" in capsys.readouterr().err
+    assert {row["stlpips"] for row in rows(done).values()} == {""}
 
 
 def test_psnr_is_of_all_pixels_and_in_eight_bits():
@@ -247,6 +262,23 @@ def test_a_folder_without_a_common_prompt_has_no_table(done, tmp_path, capsys):
     save_unit(Folder(tmp_path).unit("steps3", 0), Unit(torch.zeros(1, 12, 12, 3, dtype=torch.uint8), {}))
     assert tabulate.main(["--out", str(tmp_path)]) == 2
     assert "sample them first" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_can_be_typed():
+    page = (ROOT / "docs/paper.md").read_text()
+    (block,) = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    lines = [shlex.split(one) for one in block.replace("\\\n", " ").splitlines()]
+    typed = [
+        words[words.index("benchmarks.paper.sample") + 1 :] for words in lines if "benchmarks.paper.sample" in words
+    ]
+    assert [sample.parser().parse_args(words).model for words in typed] == list(MODELS)
+    known = {name for model in MODELS.values() for name in methods.methods(model, 50)}
+    known |= {name for model in MODELS.values() for name in methods.groups(model, 50)}
+    named = {
+        name for row in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for name in re.findall("`([^`]+)`", row)
+    }
+    assert named - {"--methods"} <= known
+    assert len(named) > 10
 
 
 def environ():

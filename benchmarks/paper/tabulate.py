@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks.paper.folder import Folder, Ranks, load_unit, write_text
 from benchmarks.paper.methods import REFERENCE, TRUE, Method, methods
 from benchmarks.paper.models import MODELS
 from benchmarks.results import Result, environment, markdown, median, summary, write
+from benchmarks.stlpips import CACHE, WHEEL, fetch
 from sencache import rms
 
 
@@ -41,11 +42,21 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 def stlpips(video: Tensor, reference: Tensor) -> float:
     """The mean over frames."""
-    distance: Callable[[Tensor, Tensor], Tensor] = vars(metrics)["stlpips"]
-    return float(torch.stack([distance(*pair) for pair in pairs(video, reference)]).mean())
+    return float(torch.stack([metrics.stlpips(*pair) for pair in pairs(video, reference)]).mean())
 
 
-DISTANCES = {"psnr": psnr, "ssim": ssim} | ({"stlpips": stlpips} if hasattr(metrics, "stlpips") else {})
+DISTANCES = {"psnr": psnr, "ssim": ssim, "stlpips": stlpips}
+
+
+def distances(ranks: Ranks) -> list[str]:
+    """Which of them can be measured: ST-LPIPS needs weights, which the first rank fetches for all."""
+    if ranks.number == 0 and "stlpips" in DISTANCES:
+        try:
+            fetch()
+        except RuntimeError as error:
+            print(f"Without ST-LPIPS. {error}", file=sys.stderr)
+    ranks.wait()
+    return [name for name in DISTANCES if name != "stlpips" or (CACHE / WHEEL).exists()]
 
 
 def pairs(video: Tensor, reference: Tensor) -> Any:
@@ -57,13 +68,13 @@ def pairs(video: Tensor, reference: Tensor) -> Any:
         yield tuple(frame.to(device).movedim(2, 0)[None].float() / 127.5 - 1 for frame in both)
 
 
-def measure(folder: Folder, method: str, number: int) -> dict[str, float]:
+def measure(folder: Folder, names: list[str], method: str, number: int) -> dict[str, float]:
     """How far a video is from the full run's, and the truth's where there is one."""
     file = folder.unit(method, number)
     kept = file.with_suffix(".json")
     found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     true = folder.unit(TRUE, number)
-    wanted = [name for name in DISTANCES if name not in found]
+    wanted = [name for name in names if name not in found]
     truly = "psnr_true" not in found and true.exists()
     if wanted or truly:
         video, reference = load_unit(file).video, load_unit(folder.unit(REFERENCE, number)).video
@@ -74,11 +85,11 @@ def measure(folder: Folder, method: str, number: int) -> dict[str, float]:
     return found
 
 
-def row(folder: Folder, field: str, name: str, method: Method, numbers: list[int]) -> Result:
-    """The row of a method over these prompts."""
-    measured = [measure(folder, name, number) for number in numbers]
+def row(folder: Folder, names: list[str], field: str, name: str, method: Method, numbers: list[int]) -> Result:
+    """The row of a method over the prompts of these numbers, with the distances of these names."""
+    measured = [measure(folder, names, name, number) for number in numbers]
     spent = [facts(folder.unit(name, number)) for number in numbers]
-    columns = {key: [one[key] for one in measured] for key in DISTANCES}
+    columns = {key: [one[key] for one in measured] for key in names}
     if all("psnr_true" in one for one in measured):
         columns["psnr_true"] = [one["psnr_true"] for one in measured]
     costs = {key: [one[key] for one in spent] for key in ("evaluations", "seconds")}
@@ -102,11 +113,12 @@ def tabulate(options: argparse.Namespace) -> None:
     common = sorted(set.intersection(*sampled.values())) if REFERENCE in sampled else []
     if not common:
         raise ValueError(f"No prompt in {folder.path} was sampled by every method that is there: sample them first.")
+    names = distances(ranks)
     for name, number in ranks.share([(name, number) for name in sampled for number in common]):
-        measure(folder, name, number)
+        measure(folder, names, name, number)
     ranks.wait()
     if ranks.number == 0:
-        rows = [row(folder, settings["model"], name, known[name], common) for name in sampled]
+        rows = [row(folder, names, settings["model"], name, known[name], common) for name in sampled]
         write(rows, folder.path / "table.csv")
         text = f"{markdown(rows)}\n\n{note(folder, list(sampled), common)}\n"
         write_text(folder.path / "table.md", text)
