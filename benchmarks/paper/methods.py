@@ -37,6 +37,7 @@ def methods(model: Model, steps: int) -> dict[str, Method]:
     budgets = [nfe for nfe in budgets if nfe < steps] or [steps // 2]
     found |= {f"steps{nfe}": bare(nfe) for nfe in budgets}
     found |= {name: paper(steps, *rule) for name, rule in model.rules.items()}
+    found |= {f"{name}-outputs": paper(steps, *rule, "output") for name, rule in model.rules.items()}
     found |= {f"ours-nfe{nfe}": ours(steps, nfe) for nfe in budgets}
     found |= {f"ours-tolerance{tolerance:g}": uncalibrated(steps, tolerance) for tolerance in TOLERANCES}
     found |= {swept(rule): paper(steps, *rule) for table in model.sweeps.values() for rule in table}
@@ -71,12 +72,15 @@ def bare(steps: int) -> Method:
     return Method(steps, steps, lambda source, profile: nullcontext())
 
 
-def paper(steps: int, epsilon: float, n: int) -> Method:
-    """SenCache: outputs held while S <= epsilon, .01 in the first fifth of the steps, at most n times in a row."""
+def paper(steps: int, epsilon: float, n: int, payload: str = "blocks") -> Method:
+    """SenCache: held while S <= epsilon, .01 in the first fifth of the steps, at most n times in a row.
+
+    What is held is what the blocks add to the tokens, as in the authors' code, or the output.
+    """
 
     def scope(source: PipelineSource, profile: SensitivityProfile | None) -> AbstractContextManager[Any]:
         assert profile is not None
-        rule = dict(tolerance=strict_start(profile.grid, epsilon), max_reuses=n, reuse="hold", correct=False)
+        rule = dict(tolerance=strict_start(profile.grid, epsilon), max_reuses=n, reuse="hold", payload=payload)
         return source.enabled(f"epsilon {epsilon:g}, n = {n}", profile=profile, **rule)
 
     return Method(steps, 0, scope, "sensitivities")

@@ -26,6 +26,7 @@ from sencache import SensitivityProfile
 from sencache.command.options import count
 from sencache.command.pipelines import PipelineSource, is_network
 from sencache.command.pipelines import prompts as read_prompts
+from sencache.plugins.diffusers import Handle
 from sencache.plugins.diffusers.store import models_fingerprint
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -90,9 +91,9 @@ def sample(options: argparse.Namespace) -> None:
         calls = warm_up(source)
         for name in dict.fromkeys(name for name, _ in missing):
             method = wanted[name]
-            with method.scope(source, profiles.get(method.needs)):
+            with method.scope(source, profiles.get(method.needs)) as handle:
                 for number in (number for other, number in missing if other == name):
-                    unit = make(source, method.steps, number, calls, ranks.device)
+                    unit = make(source, handle, method.steps, number, calls, ranks.device)
                     save_unit(folder.unit(name, number), unit)
                     spent = f"{unit.facts['evaluations']:g} evaluations, {unit.facts['seconds']:.1f} s"
                     print(f"Rank {ranks.number}: {name} {number}: {spent}", flush=True)
@@ -177,8 +178,11 @@ def warm_up(source: PipelineSource) -> float:
     return source.timed("warm up", range(source.first, source.first + 1), steps).evaluations / steps
 
 
-def make(source: PipelineSource, steps: int, number: int, calls: float, device: str) -> Unit:
-    """One video. `calls`: of the network, in a step."""
+def make(source: PipelineSource, handle: Any, steps: int, number: int, calls: float, device: str) -> Unit:
+    """One video. `calls`: of the network, in a step. `handle`: that of a cache, which counts evaluations itself.
+
+    Where blocks are reused the network is called for embeddings and head at every step.
+    """
     cuda, seed = device.startswith("cuda"), source.first + number
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -186,12 +190,17 @@ def make(source: PipelineSource, steps: int, number: int, calls: float, device: 
     facts = {
         "prompt": source.prompts[number],
         "seed": seed,
-        "evaluations": outcome.evaluations / calls,
+        "evaluations": (evaluated(handle) if isinstance(handle, Handle) else outcome.evaluations) / calls,
         "seconds": outcome.seconds,
         "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
     }
     return Unit((255 * outcome.samples[0]).round().clamp(0, 255).to(torch.uint8), facts)
+
+
+def evaluated(handle: Handle) -> int:
+    """How many calls of the last run were evaluated."""
+    return sum(bool(query.computed.any()) for query in handle.report.trace)
 
 
 def digest(lines: list[str]) -> str:
