@@ -26,10 +26,11 @@ STEPS = 50
 
 
 class Samples(NamedTuple):
-    """What a run starts from: the field of its conditioning, and noise x (B, ...)."""
+    """What a run starts from: the field, noise x (B, ...), and the classes or scenes (B,) that the field is of."""
 
     field: Any
     x: Tensor
+    conditions: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Case:
         else:
             x = torch.stack([torch.randn(video.SHAPE, generator=generator) for _ in range(count)])
             x = video.packed(self.name, x)
-        return Samples(self.field(self.conditions(count, purpose)), x.to(DEVICE))
+        conditions = self.conditions(count, purpose)
+        return Samples(self.field(conditions), x.to(DEVICE), conditions)
 
     def conditions(self, count: int, purpose: str) -> Tensor:
         """The classes or scenes (count,) of a set of seeds."""

@@ -9,7 +9,7 @@ import torch
 from tests import hosts
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/guide.md", "docs/adapters.md"]  # whose examples run
+PAGES = ["README.md", "docs/guide.md", "docs/adapters.md", "docs/baselines.md"]  # whose examples run
 REST = ["hosts", "diffusers", "theory", "fields"]
 HOSTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/hosts").glob("*.md"))
 

@@ -17,5 +17,5 @@ if __name__ == "__main__":
     torch.set_grad_enabled(False)
     for name in sys.argv[1:]:
         case = cases()[name]
-        field, x = case.samples(8, "calibration")
+        field, x, _ = case.samples(8, "calibration")
         calibrate(field, x, case.grid(), case.stepper).save(FIELDS / f"{name}.profile.safetensors")

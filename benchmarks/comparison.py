@@ -1,0 +1,206 @@
+"""Everybody on every field at equal evaluations: the tables that tell whether to adopt this.
+
+    python -m benchmarks.comparison [--quick] [--fields wan ...] [--samples 32] [--choose]
+
+The reference of a sample is the same sampler with all 50 evaluations, the truth its ODE solved with 200 steps of UniPC.
+Settings are those of results/settings.json, found on the choosing seeds by `--choose`; numbers are of the reported
+seeds. Writes results/comparison.csv and environment.json, docs/comparison_*.png, and prints the tables as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from benchmarks import peers
+from benchmarks.cases import STEPS, Case, cases
+from benchmarks.methods import METHODS, Method, Outcome, free_solvers, plain
+from benchmarks.metrics import psnr, ssim, stlpips
+from benchmarks.results import Result, environment, summary, write
+from solvers import UniPC, integrate
+
+BUDGETS = (25, 20, 15, 10)
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+SETTINGS = RESULTS / "settings.json"
+TRUE_STEPS = 200
+CHOSEN_ON = 4  # samples of the choosing seeds
+SLACK = 0.5  # evaluations that a setting may cost above the budget
+
+
+class Comparison:
+    """The samples of one case that are looked at, and what they should have been."""
+
+    def __init__(self, case: Case, count: int, purpose: str):
+        self.case, self.samples, self.first = case, case.samples(count, purpose), case.samples(1, purpose)
+        field, x, _ = self.samples
+        self.full = integrate(field, x, case.grid(), case.stepper)
+        self.reference = case.pixels(self.full)
+        self.truth = case.pixels(integrate(field, x, case.grid(TRUE_STEPS), UniPC(case.path)))
+
+    def all_steps(self) -> Result:
+        """The line of the reference itself."""
+        spent = seconds(lambda: integrate(*self.first[:2], self.case.grid(), self.case.stepper))
+        return self.line("all-steps", STEPS, Outcome(self.full, STEPS), spent)
+
+    def result(self, method: Method, nfe: int, found: dict[str, Any]) -> Result:
+        """One line of the table; `seconds` are of one sample alone."""
+        how = nfe, found.get(str(nfe)), found.get("measured")
+        outcome = method.sample(self.case, self.samples, *how)
+        return self.line(method.name, nfe, outcome, seconds(lambda: method.sample(self.case, self.first, *how)))
+
+    def line(self, name: str, nfe: int, outcome: Outcome, seconds: float) -> Result:
+        pixels = self.case.pixels(outcome.x)
+        return summary(
+            self.case.name,
+            name,
+            nfe,
+            evaluations=outcome.evaluations,
+            psnr=psnr(pixels, self.reference),
+            ssim=ssim(pixels, self.reference),
+            stlpips=stlpips(pixels, self.reference),
+            psnr_true=psnr(pixels, self.truth),
+            seconds=seconds,
+        )
+
+    def knob(self, method: Method, nfe: int, measured: Any) -> Any:
+        """The knob at which these samples, of the choosing seeds, cost at most `nfe`; None where none does."""
+        case, samples = self.case, self.samples
+        if method.peer is not None:
+            given = case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance
+            return peers.setting_for(method.peer, *given, nfe)
+        if method.knob == "free":
+            ends = {name: plain(samples, *run).x for name, run in free_solvers(case, nfe).items()}
+            return max(ends, key=lambda name: float(psnr(case.pixels(ends[name]), self.truth).median()))
+        low, high, found = math.log(1e-4), math.log(1e3), None
+        for _ in range(10):
+            middle = (low + high) / 2
+            spent = method.sample(case, samples, nfe, math.exp(middle), measured).evaluations
+            found = math.exp(middle) if spent <= nfe + SLACK else found
+            low, high = (middle, high) if spent > nfe else (low, middle)
+            if abs(spent - nfe) <= SLACK / 2:
+                break
+        return found
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def choose(case: Case, count: int) -> dict[str, dict[str, Any]]:
+    """What every method measures beforehand, and its knob by budget."""
+    bench, found = Comparison(case, count, "choosing"), {}
+    for method in tqdm([each for each in METHODS.values() if each.runs_on(case)], desc=f"settings on {case.name}"):
+        measured = method.measure(case) if method.measure else None
+        mine = {"measured": measured} if method.measure else {}
+        if method.knob:
+            mine |= {str(nfe): bench.knob(method, nfe, measured) for nfe in BUDGETS}
+        if mine:
+            found[method.name] = mine
+    return found
+
+
+def compare(case: Case, count: int, budgets: tuple[int, ...], settings: dict[str, dict[str, Any]]) -> list[Result]:
+    """Every method at every budget that it can be had for, on one case."""
+    bench = Comparison(case, count, "reported")
+    results = [bench.all_steps()]
+    for nfe in budgets:
+        for method in tqdm([each for each in METHODS.values() if each.runs_on(case)], desc=f"{case.name} at {nfe}"):
+            found = settings.get(method.name, {})
+            wanted = ["measured"] * bool(method.measure) + [str(nfe)] * bool(method.knob)
+            if all(found.get(name) is not None for name in wanted):
+                results.append(bench.result(method, nfe, found))
+    return results
+
+
+def print_markdown(results: list[Result], budgets: tuple[int, ...]) -> None:
+    """A table a field: PSNR to the reference and, in brackets, its standard error; SSIM and ST-LPIPS; PSNR to truth."""
+    for name in dict.fromkeys(result.field for result in results):
+        mine = {(result.method, result.nfe): result for result in results if result.field == name}
+        methods = dict.fromkeys(method for method, _ in mine if method != "all-steps")
+        print(f"\n### {name}\n\n| method | " + " | ".join(f"{nfe}" for nfe in budgets) + " |")
+        print("|---|" + "---|" * len(budgets))
+        for method in methods:
+            cells = [_cell(mine.get((method, nfe))) for nfe in budgets]
+            print(f"| {method} | " + " | ".join(cells) + " |")
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    return (
+        f"{result.psnr:.1f} ({result.psnr_se:.1f}) · {result.ssim:.3f} · {result.stlpips:.4f} · {result.psnr_true:.1f}"
+    )
+
+
+def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
+    """Error against evaluations (above) and seconds (below), a field a column, a curve a method."""
+    fields = list(dict.fromkeys(result.field for result in results))
+    methods = [name for name in dict.fromkeys(result.method for result in results) if name != "all-steps"]
+    colours = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(methods)}
+    figure, axes = plt.subplots(2, len(fields), figsize=(4 * len(fields), 7.5), layout="constrained", squeeze=False)
+    for column, field in enumerate(fields):
+        for row, cost in enumerate(("evaluations", "seconds")):
+            axis = axes[row][column]
+            for name in methods:
+                mine = [result for result in results if (result.field, result.method) == (field, name)]
+                style = dict(lw=2.2, marker="o", ms=5) if name.startswith("ours") else dict(lw=1, marker="s", ms=3)
+                axis.plot(
+                    [getattr(result, cost) for result in mine],
+                    [getattr(result, measure) for result in mine],
+                    color=colours[name],
+                    label=name,
+                    **style,
+                )
+            axis.set_xlabel("evaluations a sample" if row == 0 else "seconds a sample")
+            axis.grid(alpha=0.3)
+        axes[0][column].set_title(field)
+    for row in axes:
+        row[0].set_ylabel(label)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(names: list[str], count: int, budgets: tuple[int, ...], choosing: bool) -> None:
+    torch.set_grad_enabled(False)
+    settings = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+    results = []
+    for name in names:
+        case = cases()[name]
+        if choosing or name not in settings:
+            settings[name] = choose(case, CHOSEN_ON)
+            SETTINGS.write_text(json.dumps(settings, indent=1) + "\n")
+        results += compare(case, count, budgets, settings[name])
+        write(results, RESULTS / "comparison.csv")
+    (RESULTS / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    draw(results, "psnr", "PSNR to all 50 evaluations (dB)", ROOT / "docs/comparison_reference.png")
+    draw(results, "psnr_true", "PSNR to the true ODE (dB)", ROOT / "docs/comparison_truth.png")
+    print_markdown(results, budgets)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fields", nargs="+", choices=list(cases()), default=list(cases()), help="by default all")
+    parser.add_argument("--samples", type=int, default=24, help="to report on, of each field (default 24)")
+    parser.add_argument("--quick", action="store_true", help="6 samples, 25 and 15 evaluations: about 15 minutes")
+    parser.add_argument("--choose", action="store_true", help="find the settings anew, on the choosing seeds")
+    options = parser.parse_args()
+    some, most = (6, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
+    main(options.fields, some, most, options.choose)

@@ -1,0 +1,198 @@
+"""The methods that are compared: what each makes of samples at a budget of evaluations.
+
+What a method has to measure beforehand it measures on the calibration seeds, and its knob (a threshold, the choice of a
+solver or of a peer's setting) is set on the choosing seeds: `benchmarks.comparison --choose`. Both are plain numbers.
+Baselines reuse what their authors reuse, the block stack or, EasyCache, the difference of output and state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.cases import Case, Samples
+from sencache import CachedField, strict_start
+from sencache.baselines import (
+    EasyCache,
+    MagCache,
+    TeaCache,
+    lemica,
+    magnitude_ratios,
+    segment_errors,
+    teacache_coefficients,
+    uniform,
+)
+from solvers import DPMSolverPP, Stepper, UniPC, grids, integrate
+
+
+class Outcome(NamedTuple):
+    """The samples x (B, ...) that came out, and the evaluations that each cost in the mean."""
+
+    x: Tensor
+    evaluations: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method samples, and what has to be found for it first.
+
+    sample: (case, samples, nfe, knob, measured) -> outcome. knob: which kind it has: a "tolerance", one of the "free"
+        solvers, a setting of a "peer", or none. measure: of the field, beforehand.
+    """
+
+    name: str
+    sample: Callable[[Case, Samples, int, Any, Any], Outcome]
+    knob: str | None = None
+    measure: Callable[[Case], Any] | None = None
+    peer: peers.Peer | None = None
+
+    def runs_on(self, case: Case) -> bool:
+        return self.peer is None or case.name in self.peer.families
+
+
+def cached(case: Case, samples: Samples, stepper: Stepper | None = None, **options: Any) -> Outcome:
+    """The case's own sampler over all its steps, with a `CachedField` of these options."""
+    field = CachedField(samples.field, **options)
+    x = field.integrate(samples.x, case.grid(), stepper or case.stepper)
+    return Outcome(x, float(field.report.evaluations.double().mean()))
+
+
+def plain(samples: Samples, grid: Tensor, stepper: Stepper) -> Outcome:
+    return Outcome(integrate(samples.field, samples.x, grid, stepper), len(grid) - 1)
+
+
+def ours(case: Case, samples: Samples, nfe: int, knob: None, measured: None, **options: Any) -> Outcome:
+    return cached(case, samples, profile=case.profile, nfe=nfe, **options)
+
+
+def ours_unipc(case: Case, samples: Samples, nfe: int, knob: None, measured: None) -> Outcome:
+    return ours(case, samples, nfe, knob, measured, stepper=UniPC(case.path))
+
+
+def ours_uncalibrated(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
+    return cached(case, samples, tolerance=knob)
+
+
+def sencache_paper(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
+    """The authors' settings, their strict start too: 10 steps; n = 3, unlimited at budgets that this cannot reach."""
+    epsilon, n = strict_start(case.grid(), knob), 3 if nfe >= 20 else math.inf
+    rule: dict[str, Any] = dict(tolerance=epsilon, max_reuses=n, reuse="hold", payload="blocks")
+    return cached(case, samples, profile=case.profile, **rule)
+
+
+def sencache_rule(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
+    """Eq. 10 alone, on outputs: no strict start."""
+    n = 3 if nfe > 12 else math.inf
+    return cached(case, samples, profile=case.profile, tolerance=knob, max_reuses=n, reuse="hold")
+
+
+def held(case: Case, samples: Samples, criterion: Any, payload: str = "blocks", **options: Any) -> Outcome:
+    return cached(case, samples, criterion=criterion, reuse="hold", payload=payload, **options)
+
+
+def teacache(case: Case, samples: Samples, nfe: int, knob: float, measured: list[float]) -> Outcome:
+    return held(case, samples, TeaCache(samples.field.modulated, measured, case.grid()), tolerance=knob)
+
+
+def magcache(case: Case, samples: Samples, nfe: int, knob: float, measured: list[float]) -> Outcome:
+    """K = 4 as the authors' fast setting for Wan; unlimited and with less retention where that cannot go."""
+    retention, most = 0.2 if nfe > 12 else 0.1, 4 if nfe >= 20 else math.inf
+    return held(case, samples, MagCache(measured, case.grid(), retention=retention), tolerance=knob, max_reuses=most)
+
+
+def easycache(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
+    """Ten steps of warm-up as the authors take for Wan, five at the least budget."""
+    return held(case, samples, EasyCache(case.grid(), warmup=10 if nfe > 12 else 5), "difference", tolerance=knob)
+
+
+def lemica_path(case: Case, samples: Samples, nfe: int, knob: None, measured: list[list[float]]) -> Outcome:
+    return held(case, samples, lemica(measured, case.grid(), nfe, case.stepper))
+
+
+def evenly(case: Case, samples: Samples, nfe: int, knob: None, measured: None) -> Outcome:
+    return held(case, samples, uniform(case.grid(), nfe, case.stepper))
+
+
+def measured_teacache(case: Case) -> list[float]:
+    return teacache_coefficients(*case.samples(8, "calibration")[:2], case.grid(), case.stepper)
+
+
+def measured_magcache(case: Case) -> list[float]:
+    return magnitude_ratios(*case.samples(8, "calibration")[:2], case.grid(), case.stepper)
+
+
+def measured_lemica(case: Case) -> list[list[float]]:
+    """On one sample, since that costs as much as 146 full runs of it."""
+    return segment_errors(*case.samples(1, "calibration")[:2], case.grid(), case.stepper)
+
+
+def fewer_steps(case: Case, samples: Samples, nfe: int, knob: None, measured: None) -> Outcome:
+    return plain(samples, case.grid(nfe), case.stepper)
+
+
+def free_solvers(case: Case, nfe: int) -> dict[str, tuple[Tensor, Stepper]]:
+    """What costs nothing to try: second-order solvers of `nfe` steps, each on every grid that people use."""
+    plan = CachedField(case.field(case.conditions(1, "choosing")), case.profile, nfe=nfe).plan(
+        case.grid(), case.stepper
+    )
+    inner = grids.log_snr(nfe - 2, case.path, 1 - 1 / nfe, 1 / nfe)
+    on = {
+        "its own grid": case.grid(nfe),
+        "uniform": grids.uniform(nfe),
+        "shift 3": grids.shifted(nfe, 3.0),
+        "log-SNR": torch.cat([torch.ones(1), inner, torch.zeros(1)]),
+        "the plan's nodes": grids.through(plan.times[plan.nodes], 0.0),
+    }
+    solvers: dict[str, Stepper] = {"UniPC": UniPC(case.path), "DPM-Solver++ 2M": DPMSolverPP(case.path)}
+    return {f"{solver}, {grid}": (on[grid], solvers[solver]) for solver in solvers for grid in on}
+
+
+def fewer_steps_free(case: Case, samples: Samples, nfe: int, knob: str, measured: None) -> Outcome:
+    return plain(samples, *free_solvers(case, nfe)[knob])
+
+
+def peer(case: Case, samples: Samples, nfe: int, knob: peers.Setting, measured: None, who: peers.Peer) -> Outcome:
+    given = case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance
+    return Outcome(*peers.sample(who, knob, *given))
+
+
+NAMES = {
+    "FirstBlockCache": "first-block-cache",
+    "MagCache": "magcache-diffusers",
+    "SeaCache": "seacache",
+    "TaylorSeer": "taylorseer",
+    "TaylorSeer lite": "taylorseer-lite",
+    "PAB": "pab",
+    "FasterCache": "fastercache",
+    "DBCache": "cache-dit",
+    "DBCache + TaylorSeer": "cache-dit-taylorseer",
+}
+METHODS = {
+    method.name: method
+    for method in (
+        Method("ours", ours),
+        Method("ours-unipc", ours_unipc),
+        Method("ours-uncalibrated", ours_uncalibrated, "tolerance"),
+        Method("sencache-paper", sencache_paper, "tolerance"),
+        Method("sencache-rule", sencache_rule, "tolerance"),
+        Method("teacache", teacache, "tolerance", measured_teacache),
+        Method("magcache", magcache, "tolerance", measured_magcache),
+        Method("easycache", easycache, "tolerance"),
+        Method("lemica", lemica_path, None, measured_lemica),
+        Method("uniform", evenly),
+        Method("best-hold", partial(ours, reuse="hold")),
+        *(Method(NAMES[who.name], partial(peer, who=who), "peer", peer=who) for who in peers.PEERS),
+        Method("fewer-steps", fewer_steps),
+        Method("fewer-steps-unipc", fewer_steps_free, "free"),
+    )
+}
+HOLD = ("sencache-paper", "sencache-rule", "teacache", "magcache", "easycache", "lemica", "uniform", "best-hold",
+        "first-block-cache", "magcache-diffusers", "seacache", "pab", "fastercache", "cache-dit")  # fmt: skip
+FORECAST = ("taylorseer", "taylorseer-lite", "cache-dit-taylorseer")
