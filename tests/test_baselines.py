@@ -418,9 +418,9 @@ def test_a_query_asked_twice_changes_nothing(name):
     assert (twice.report.duplicates == K).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, "EasyCache, no warm-up"])
 def test_a_trajectory_begun_anew_remembers_nothing_of_the_last(name):
-    cached, ends = cached_by(name, Split(), RULES[name][2][1]), []
+    cached, ends = cached_by(name, Split(), RULES[name][2][-1]), []
     with cached.run():
         for _ in range(2):
             ends.append(integrate(cached, X, TS))
@@ -428,6 +428,22 @@ def test_a_trajectory_begun_anew_remembers_nothing_of_the_last(name):
     kept = torch.stack([query.reused for query in cached.report.trace])
     assert torch.equal(kept[:K], kept[K:])
     assert kept.any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nor_does_one_of_another_shape(name):
+    class Shapeless(Split):
+        def modulated(self, x, t):
+            return torch.sin(3 * t + x)
+
+    tolerance, field = RULES[name][2][1], Stacked()
+    how = {**RULES[name][1](Shapeless(), TS), "payload": "output"}
+    cached = CachedField(field, **how, tolerance=tolerance)
+    for x in (X, X[:2, :4]):
+        alone = cached.integrate(x, TS)
+        with cached.run():
+            integrate(cached, X, TS)
+            assert torch.equal(integrate(cached, x, TS), alone)
 
 
 @pytest.mark.parametrize("name", KINDS)
