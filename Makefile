@@ -19,13 +19,14 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two samplers that tests run come in packages that ask for far more than samplers need: without their dependencies.
+# Two samplers and a cache that tests run come in packages that ask for far more than these need: without dependencies.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "sencache needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps k-diffusion stable-diffusion-sdkit
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	  k-diffusion stable-diffusion-sdkit cache-dit
 	@touch $@
 
 clean:  ## forget the environment and every cache

@@ -94,7 +94,7 @@ class Branch:
         """Nothing to compare with: infinitely far from a memory that has to be made."""
         anew, t = self.y is not None, clock[:, 0]
         zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
-        self.y, self.y_before, self.noted, self.open = None, None, None, []
+        self.y, self.y_before, self.open = None, None, []
         self.direction, self.spent, self.reuses = zero, zero, no.long()
         return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew, no)
 

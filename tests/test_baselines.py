@@ -336,6 +336,28 @@ def test_a_segment_weighs_what_skipping_it_does_to_the_sample(payload, stepper):
         assert errors[i][j - i - 1] == pytest.approx((end - full).abs().mean().item(), rel=1e-9)
 
 
+def test_no_segment_spans_two_networks():
+    """Where another network takes over, its first output is evaluated, inside a segment too."""
+    ts = TS[::2]
+
+    class Two(Split):
+        def regime(self, t):
+            return t > float(ts[4]) + 1e-6
+
+    errors = segment_errors(Two(), X, ts, longest=4, payload="output", progress=False)
+    apart = segment_errors(Split(), X, ts, longest=4, payload="output", progress=False)
+    held, full = {}, integrate(Split(), X, ts)
+
+    def skipping(x, t):
+        if float(t) not in (float(ts[3]), float(ts[5])):  # of the segment 2 -> 6, in which 4 is another network
+            held["y"] = Split()(x, t)
+        return held["y"]
+
+    assert errors[2][3] == pytest.approx((integrate(skipping, X, ts) - full).abs().mean().item(), rel=1e-9)
+    assert errors[2][3] < apart[2][3]
+    assert errors[0] == apart[0]
+
+
 def test_segments_cost_what_they_are_said_to():
     field = Split()
     segment_errors(field, X, TS, longest=3, progress=False)
@@ -418,9 +440,9 @@ def test_a_query_asked_twice_changes_nothing(name):
     assert (twice.report.duplicates == K).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, "EasyCache, no warm-up"])
 def test_a_trajectory_begun_anew_remembers_nothing_of_the_last(name):
-    cached, ends = cached_by(name, Split(), RULES[name][2][1]), []
+    cached, ends = cached_by(name, Split(), RULES[name][2][-1]), []
     with cached.run():
         for _ in range(2):
             ends.append(integrate(cached, X, TS))
@@ -428,6 +450,22 @@ def test_a_trajectory_begun_anew_remembers_nothing_of_the_last(name):
     kept = torch.stack([query.reused for query in cached.report.trace])
     assert torch.equal(kept[:K], kept[K:])
     assert kept.any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nor_does_one_of_another_shape(name):
+    class Shapeless(Split):
+        def modulated(self, x, t):
+            return torch.sin(3 * t + x)
+
+    tolerance, field = RULES[name][2][1], Stacked()
+    how = {**RULES[name][1](Shapeless(), TS), "payload": "output"}
+    cached = CachedField(field, **how, tolerance=tolerance)
+    for x in (X, X[:2, :4]):
+        alone = cached.integrate(x, TS)
+        with cached.run():
+            integrate(cached, X, TS)
+            assert torch.equal(integrate(cached, x, TS), alone)
 
 
 @pytest.mark.parametrize("name", KINDS)

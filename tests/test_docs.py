@@ -50,7 +50,7 @@ def test_every_host_has_a_page():
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, *HOSTS, "docs/hosts.md", "docs/diffusers.md", "docs/theory.md", "docs/fields.md"]
+    "page", [*PAGES, *HOSTS, "docs/hosts.md", "docs/diffusers.md", "docs/theory.md", "docs/fields.md", "docs/paper.md"]
 )
 def test_every_file_that_is_named_is_there(page):
     text = (ROOT / page).read_text()

@@ -1,8 +1,9 @@
-"""A tiny Wan with a tokenizer and a text encoder, in a folder as `save_pretrained` writes it."""
+"""Tiny pipelines with a tokenizer and a text encoder, in a folder as `save_pretrained` writes it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +14,7 @@ from benchmarks.tiny_pipelines import WIDTH, wan
 WORDS = ["<unk>", "<pad>", "a", "cat", "dog", "rain", "street", "sea", "train", "snow", "dancer", "kitchen", "horse"]
 
 
-def saved_wan(folder: Path) -> Path:
+def saved(pipe: Any, folder: Path) -> Path:
     """The folder, written."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -21,10 +22,13 @@ def saved_wan(folder: Path) -> Path:
     config = UMT5Config(
         vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
-    pipe = wan()
     pipe.register_modules(
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"),
         text_encoder=UMT5EncoderModel(config).eval(),
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+def saved_wan(folder: Path) -> Path:
+    return saved(wan(), folder)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sencache.baselines.steps import full_run, mean_abs
 from sencache.cache import CachedField
 from sencache.criteria import Scheduled
-from sencache.memory import copy
+from sencache.memory import copy, one_network
 from sencache.plan import influence
 from solvers import Euler, Stepper
 
@@ -43,8 +43,8 @@ def segment_errors(
     """The weights of the graph: row i has w(i -> i + 1) = 0, w(i -> i + 2), ..., up to `longest` steps or the last one.
 
     Means over the elements and over samples from x (B, ...) at ts[0]. Each segment of two steps or more is a run of
-    its own, from a full run's evaluations up to its beginning, so that step i of K costs about K - i evaluations for
-    each of its segments: with K = 50 and longest = 8 in all 7309 evaluations a sample, as many as 146 full runs.
+    its own, which takes what it has in common with the full run from there and evaluates step j and all later ones:
+    with K = 50 and longest = 8 in all 7309 evaluations a sample, as many as 146 full runs.
     The full run's K outputs (or stacks) are kept meanwhile. `payload` and `options` are `CachedField`'s; by default
     the block stack is held, as the authors do.
 
@@ -79,6 +79,7 @@ class _Known:
         self.field, self.payload = field, payload
         self.kept: list[Any] = []  # of the full run, step by step
         self.known = self.asked = 0
+        self.regime = getattr(field, "regime", one_network)
 
     def begin(self, known: int) -> None:
         """Another run, of which the first `known` evaluations are those of the full one."""

@@ -27,7 +27,7 @@ EULER = Euler()
 
 
 class MagCache:
-    """The criterion: `tolerance` is the authors' threshold, 0.12 for Wan, and `max_reuses` their K, 2 or 4 there.
+    """The criterion: `tolerance` is the authors' threshold, `max_reuses` their K; for Wan 0.12 and 4, 0.24 and 6.
 
     ratios: gamma_k of the steps of a grid, the first one 1, from `magnitude_ratios` or the authors' code. Of another
         number of steps than ts (K + 1,) has, the nearest of the same place in the order is taken, as the authors do.

@@ -26,7 +26,7 @@ EULER = Euler()
 
 
 class TeaCache:
-    """The criterion: `tolerance` is the authors' threshold, 0.1 or 0.2 in most of their settings.
+    """The criterion: `tolerance` is the authors' threshold, 0.03 to 0.3 in their settings.
 
     watch: what is compared, called with the field's arguments, (x, t) -> m (B, ...): `modulated` of our adapters.
     coefficients: of the polynomial, the highest power first, from `teacache_coefficients` or the authors' code.

@@ -49,7 +49,7 @@ class PipelineSource:
         """The Gram matrix and no sensitivities; of several runs, as if it had been one."""
         profiles = []
         for seed in seeds:
-            with self._enabled("calibrate") as handle:
+            with self.enabled("calibrate") as handle:
                 self._run("calibrate", seed, self.steps)
                 if handle.profile is None:
                     raise ValueError(
@@ -61,25 +61,25 @@ class PipelineSource:
         return replace(profiles[0], gram=gram, size=size, facts={**profiles[0].facts, "samples": len(gram)})
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
-        with self._enabled("rehearse", profile=profile) as handle:
+        with self.enabled("rehearse", profile=profile) as handle:
             return handle.rehearse([partial(self._run, "rehearse", seed, self.steps) for seed in seeds])
 
     def check(self, profile: SensitivityProfile, budgets: list[int]) -> None:
-        with self._enabled("check", profile=profile) as handle:
+        with self.enabled("check", profile=profile) as handle:
             check_model(profile, models_fingerprint(handle.models()))
 
     def full(self, seeds: range) -> Outcome:
         self._run("warm up", seeds[0], min(2, self.steps))  # what is loaded or compiled is no part of the timing
-        return self._timed("full", seeds, self.steps)
+        return self.timed("full", seeds, self.steps)
 
     def cached(self, seeds: range, profile: SensitivityProfile, nfe: int) -> Outcome:
-        with self._enabled(f"nfe={nfe}", profile=profile, nfe=nfe) as handle:
-            outcome = self._timed(f"nfe={nfe}", seeds, self.steps)
+        with self.enabled(f"nfe={nfe}", profile=profile, nfe=nfe) as handle:
+            outcome = self.timed(f"nfe={nfe}", seeds, self.steps)
             expected = 0.0 if handle.plan is None else handle.plan.relative_error
         return outcome._replace(expected=expected)
 
     def fewer(self, seeds: range, nfe: int) -> tuple[int, Outcome]:
-        return nfe, self._timed(f"{nfe} steps", seeds, nfe)
+        return nfe, self.timed(f"{nfe} steps", seeds, nfe)
 
     def picture(self, sample: Tensor, full: Tensor) -> Any:
         if self.span is None:
@@ -88,7 +88,7 @@ class PipelineSource:
         return side_by_side([frame.float().clamp(0, 1).squeeze(-1).numpy() for frame in frames])
 
     @contextmanager
-    def _enabled(self, name: str, **options: Any) -> Iterator[Handle]:
+    def enabled(self, name: str, **options: Any) -> Iterator[Handle]:
         """The pipeline cached, with nothing known from other sessions."""
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -96,7 +96,7 @@ class PipelineSource:
             finally:
                 disable(self.pipe)
 
-    def _timed(self, name: str, seeds: range, steps: int) -> Outcome:
+    def timed(self, name: str, seeds: range, steps: int) -> Outcome:
         calls, models = 0, [one for part, one in self.pipe.components.items() if is_network(part) and one is not None]
 
         def count(*_: Any) -> None:

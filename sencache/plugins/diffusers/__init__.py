@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sencache.cache import Tolerance
-from sencache.checks import check_options
+from sencache.checks import check_options, check_payload
 from sencache.memory import Key
 from sencache.norms import Norm, rms
 from sencache.plugins.diffusers.decide import Options
 from sencache.plugins.diffusers.handle import Handle
 from sencache.plugins.diffusers.hooks import holders
+from sencache.plugins.diffusers.payload import Transformers
 from sencache.profile import SensitivityProfile
 
 __all__ = ["Handle", "disable", "enable"]
@@ -27,6 +28,7 @@ def enable(
     max_reuses: float | None = None,
     reuse: str = "linear",
     correct: bool | None = None,
+    payload: str = "output",
     norm: Norm = rms,
     key: Key | None = None,
     folder: str | Path | None = None,
@@ -41,6 +43,8 @@ def enable(
     rtol, tolerance, max_reuses, reuse, correct, norm: as in `CachedField`; the unit of time is the training timestep.
         `rtol` needs `handle.rehearse(...)` first.
         Under `tolerance` and without a profile the change of the state is that of the guided trajectory.
+    payload: what is reused, as in `CachedField`: the "output" of the transformer, or by "blocks", of Wan, CogVideoX and
+        LTX-Video, what its blocks add to the tokens. Of these nothing is repaid: `correct=False`, or `reuse="hold"`.
     key: what tells conditionings apart, a function of a transformer call's (args, kwargs). By default everything that
         the call is given besides state and time is compared.
     folder: where profiles are kept, by default $SENCACHE_FOLDER or `sencache` in the platform's cache folder.
@@ -50,8 +54,14 @@ def enable(
     followed.
     """
     check_options(nfe, rtol, tolerance, max_reuses, None, reuse, correct)
+    check_payload(Transformers(), payload, None)
     corrects = reuse != "hold" if correct is None else correct
-    options = Options(nfe, rtol, tolerance, max_reuses, reuse, corrects, norm, key)
+    if payload == "blocks" and (corrects or rtol is not None):
+        raise ValueError(
+            'In a pipeline outputs are repaid and rehearsed, not blocks: payload="blocks" goes with correct=False, and '
+            "with `nfe` or `tolerance`."
+        )
+    options = Options(nfe, rtol, tolerance, max_reuses, reuse, corrects, payload, norm, key)
     if not hasattr(pipe, "components"):
         raise ValueError(f"Expected a diffusers pipeline; got {type(pipe).__name__}.")
     disable(pipe)

@@ -32,6 +32,7 @@ class Options:
     max_reuses: float | None = None
     reuse: str = "linear"
     correct: bool = True
+    payload: str = "output"
     norm: Norm = rms
     key: Key | None = None
 
@@ -83,20 +84,20 @@ class Unknown:
         return torch.full_like(seen.t, torch.inf)
 
 
-def everything(norm: Norm) -> Rule:
+def everything(norm: Norm, payload: str) -> Rule:
     """The rule that evaluates everything."""
-    return Rule(Unknown(), lambda t: 0.0, 0, REUSES["hold"], VARIABLES["t"], norm)
+    return Rule(Unknown(), lambda t: 0.0, 0, REUSES["hold"], VARIABLES["t"], norm, payload)
 
 
 def rule_of(options: Options, plan: Plan | None, profile: SensitivityProfile | None, debts: Debts) -> Rule:
     """The rule of a run whose first step has been seen."""
-    phi, epsilon = REUSES[options.reuse], options.epsilon
+    phi, epsilon, what = REUSES[options.reuse], options.epsilon, (options.norm, options.payload)
     if plan is not None:
-        return Rule(Planned(plan), epsilon, math.inf, phi, VARIABLES[plan.variable], options.norm)
+        return Rule(Planned(plan), epsilon, math.inf, phi, VARIABLES[plan.variable], *what)
     if options.tolerance is None or options.tolerance == 0:
-        return everything(options.norm)
+        return everything(*what)
     if profile is None:
         criterion: Criterion = Drift(debts, options.norm)
-        return Rule(criterion, epsilon, options.most(math.inf), phi, VARIABLES["t"], options.norm)
+        return Rule(criterion, epsilon, options.most(math.inf), phi, VARIABLES["t"], *what)
     criterion = Sensitivities(profile)  # of x and t, which are the same for every conditioning
-    return Rule(criterion, epsilon, options.most(3), phi, VARIABLES["t"], options.norm)
+    return Rule(criterion, epsilon, options.most(3), phi, VARIABLES["t"], *what)

@@ -20,6 +20,7 @@ from sencache.plugins.diffusers.conditioning import Call
 from sencache.plugins.diffusers.decide import Options
 from sencache.plugins.diffusers.hooks import held, hook, made, make, unhook
 from sencache.plugins.diffusers.known import Known
+from sencache.plugins.diffusers.payload import check_blocks
 from sencache.plugins.diffusers.plans import plan_of
 from sencache.plugins.diffusers.rehearse import rehearse
 from sencache.plugins.diffusers.store import Store, models_fingerprint, sampler_name
@@ -97,6 +98,8 @@ class Handle:
                 f"{', '.join(self.pipe.components)}."
             )
         numbers.check_scheduler(scheduler)
+        if self.options.payload == "blocks":
+            check_blocks(models)
         self._models = models
         return [*models.values(), scheduler]
 

@@ -21,6 +21,7 @@ from sencache.plugins.diffusers.conditioning import Call
 from sencache.plugins.diffusers.debts import Debts
 from sencache.plugins.diffusers.decide import Drift, Options, everything, rule_of
 from sencache.plugins.diffusers.known import Known
+from sencache.plugins.diffusers.payload import Transformers
 from sencache.plugins.diffusers.sampler import Sampler
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
@@ -41,7 +42,7 @@ class Trajectory:
         self.options, self.know = options, know
         self.times = torch.zeros(0)  # (N,) of the grid, once it is walked
         self.notes = Notes()  # what the calls since the last step did
-        self.run = Run(lambda x, t, conditioning, forward: forward(), everything(options.norm), lambda args, _: args[0])
+        self.run = Run(Transformers(), everything(options.norm, options.payload), lambda args, _: args[0])
         self.run.report, self.run.ledger = report, self.notes
         self.start: int | None = None  # where in the grid it begins, 0 but for image to image
         self.k = 0  # where in the grid it is
