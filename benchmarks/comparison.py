@@ -25,9 +25,8 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from benchmarks import peers
 from benchmarks.cases import STEPS, Case, cases
-from benchmarks.methods import METHODS, Method, Outcome, free_solvers, plain
+from benchmarks.methods import METHODS, Method, Outcome, free_solvers, peer_settings, plain
 from benchmarks.metrics import psnr, ssim, stlpips
 from benchmarks.results import Result, environment, summary, write
 from solvers import UniPC, integrate
@@ -37,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SETTINGS = RESULTS / "settings.json"
 TRUE_STEPS = 200
-CHOSEN_ON = 4  # samples of the choosing seeds
+CHOSEN_ON, PEERS_CHOSEN_ON = 4, 2  # samples of the choosing seeds
 SLACK = 0.5  # evaluations that a setting may cost above the budget
 
 
@@ -79,9 +78,6 @@ class Comparison:
     def knob(self, method: Method, nfe: int, measured: Any) -> Any:
         """The knob at which these samples, of the choosing seeds, cost at most `nfe`; None where none does."""
         case, samples = self.case, self.samples
-        if method.peer is not None:
-            given = case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance
-            return peers.setting_for(method.peer, *given, nfe)
         if method.knob == "free":
             ends = {name: plain(samples, *run).x for name, run in free_solvers(case, nfe).items()}
             return max(ends, key=lambda name: float(psnr(case.pixels(ends[name]), self.truth).median()))
@@ -108,7 +104,11 @@ def choose(case: Case, count: int) -> dict[str, dict[str, Any]]:
     for method in tqdm([each for each in METHODS.values() if each.runs_on(case)], desc=f"settings on {case.name}"):
         measured = method.measure(case) if method.measure else None
         mine = {"measured": measured} if method.measure else {}
-        if method.knob:
+        if method.peer:
+            few = case.samples(PEERS_CHOSEN_ON, "choosing")
+            settings = peer_settings(case, few, method.peer, BUDGETS)
+            mine |= {str(nfe): setting for nfe, setting in zip(BUDGETS, settings, strict=True)}
+        elif method.knob:
             mine |= {str(nfe): bench.knob(method, nfe, measured) for nfe in BUDGETS}
         if mine:
             found[method.name] = mine

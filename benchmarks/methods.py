@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases import Case, Samples
+from benchmarks.cases import STEPS, Case, Samples
 from sencache import CachedField, strict_start
 from sencache.baselines import (
     EasyCache,
@@ -30,6 +30,8 @@ from sencache.baselines import (
     uniform,
 )
 from solvers import DPMSolverPP, Stepper, UniPC, grids, integrate
+
+BLOCKS = 5  # of the video models
 
 
 class Outcome(NamedTuple):
@@ -158,9 +160,24 @@ def fewer_steps_free(case: Case, samples: Samples, nfe: int, knob: str, measured
     return plain(samples, *free_solvers(case, nfe)[knob])
 
 
+def given(case: Case, samples: Samples) -> tuple[Any, ...]:
+    """What `peers` is asked with."""
+    return case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance
+
+
 def peer(case: Case, samples: Samples, nfe: int, knob: peers.Setting, measured: None, who: peers.Peer) -> Outcome:
-    given = case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance
-    return Outcome(*peers.sample(who, knob, *given))
+    """A first block that is run only to decide is not charged: it is a fifth of these models, a thirtieth of Wan's."""
+    x, cost = peers.sample(who, knob, *given(case, samples))
+    return Outcome(x, who.computed(cost, STEPS, BLOCKS))
+
+
+def peer_settings(
+    case: Case, samples: Samples, who: peers.Peer, budgets: tuple[int, ...]
+) -> list[peers.Setting | None]:
+    """A peer's setting for each budget, None where it cannot be had for it."""
+    costs = None if who.knob else peers.listed_costs(who, *given(case, samples))
+    wanted = [who.cost(nfe, STEPS, BLOCKS) for nfe in budgets]
+    return [peers.setting_for(who, *given(case, samples), nfe=cost, costs=costs) for cost in wanted]
 
 
 NAMES = {

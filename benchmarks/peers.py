@@ -36,6 +36,7 @@ class Peer(NamedTuple):
     adaptive: it decides by what it sees, once for a whole batch; so samples are run one by one.
     fused: it needs both halves of the guidance in one batch, which Wan's pipeline does not make.
     calibrated: it needs `mag_ratios` of the model.
+    probes: it runs the first block at every step to decide.
     """
 
     name: str
@@ -46,6 +47,15 @@ class Peer(NamedTuple):
     adaptive: bool = False
     fused: bool = False
     calibrated: bool = False
+    probes: bool = False
+
+    def computed(self, cost: float, steps: int, blocks: int) -> float:
+        """How many of the steps were computed in full, the probing of the others left out: (L cost - K) / (L - 1)."""
+        return (blocks * cost - steps) / (blocks - 1) if self.probes else cost
+
+    def cost(self, computed: float, steps: int, blocks: int) -> float:
+        """The inverse of `computed`."""
+        return computed + (steps - computed) / blocks if self.probes else computed
 
 
 @torch.no_grad()
@@ -104,10 +114,12 @@ def setting_for(
     stepper: Stepper,
     guidance: float,
     nfe: float,
+    costs: list[float] | None = None,
 ) -> Setting | None:
     """The setting at which these samples, of the choosing seeds, cost nearest to `nfe` and at most half above it.
 
     Among listed settings of the same cost it is the one of the smallest error. None where even the sparsest costs more.
+    costs: `listed_costs`, where several budgets are asked for.
     """
     given = family, model, scene, x, ts, stepper, guidance
     if peer.knob is not None:
@@ -121,8 +133,7 @@ def setting_for(
             if knob is not None:
                 return {**setting, **measured, peer.knob: knob}
         return None
-    first = family, model, scene[:1], x[:1], ts, stepper, guidance
-    costs = [sample(peer, setting, *first)[1] for setting in peer.settings]
+    costs = listed_costs(peer, *given) if costs is None else costs
     best = max((spent for spent in costs if spent <= nfe + SLACK), key=lambda spent: -abs(spent - nfe), default=None)
     if best is None:
         return None
@@ -130,6 +141,21 @@ def setting_for(
     full = integrate(video.field(family, model, scene, guidance), x, ts, stepper)
     errors = [(sample(peer, setting, *given)[0] - full).square().mean().item() for setting in near]
     return near[errors.index(min(errors))]
+
+
+def listed_costs(
+    peer: Peer,
+    family: str,
+    model: nn.Module,
+    scene: Tensor,
+    x: Tensor,
+    ts: Tensor,
+    stepper: Stepper,
+    guidance: float,
+) -> list[float]:
+    """What each of the peer's settings costs, seen on the first sample: without a knob it depends on no sample."""
+    first = family, model, scene[:1], x[:1], ts, stepper, guidance
+    return [sample(peer, setting, *first)[1] for setting in peer.settings]
 
 
 def _bisected(cost: Callable[[float], float], nfe: float, rounds: int = 10) -> float | None:
@@ -188,14 +214,23 @@ FASTER = tuple(
 )
 DUAL = tuple({"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": steps} for steps in (8, 4, 2, 1))
 DUAL_TAYLOR = tuple({**setting, "taylorseer_order": 1} for setting in DUAL)
+KNOB = "residual_diff_threshold"
 PEERS = (
-    Peer("FirstBlockCache", ALL, installed.first_block, ({},), "threshold", adaptive=True),
+    Peer("FirstBlockCache", ALL, installed.first_block, ({},), "threshold", adaptive=True, probes=True),
     Peer("MagCache", ALL, installed.mag, MAG, "threshold", adaptive=True, calibrated=True),
     Peer("SeaCache", ALL, installed.sea, SEA, "threshold", adaptive=True),
     Peer("TaylorSeer", ALL, installed.taylor, TAYLOR),
     Peer("TaylorSeer lite", ALL, installed.taylor, LITE),
     Peer("PAB", ALL, installed.pyramid, PYRAMID, fused=True),
     Peer("FasterCache", ("wan", "cogvideox"), installed.faster, FASTER, fused=True),
-    Peer("DBCache", ALL, installed.dual_block, DUAL, "residual_diff_threshold", adaptive=True),
-    Peer("DBCache + TaylorSeer", ALL, installed.dual_block, DUAL_TAYLOR, "residual_diff_threshold", adaptive=True),
+    Peer("DBCache", ALL, installed.dual_block, DUAL, KNOB, adaptive=True, probes=True),
+    Peer(
+        "DBCache + TaylorSeer",
+        ALL,
+        installed.dual_block,
+        DUAL_TAYLOR,
+        "residual_diff_threshold",
+        adaptive=True,
+        probes=True,
+    ),
 )
