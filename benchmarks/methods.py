@@ -175,9 +175,9 @@ def peer_settings(
     case: Case, samples: Samples, who: peers.Peer, budgets: tuple[int, ...]
 ) -> list[peers.Setting | None]:
     """A peer's setting for each budget, None where it cannot be had for it."""
-    costs = None if who.knob else peers.listed_costs(who, *given(case, samples))
-    wanted = [who.cost(nfe, STEPS, BLOCKS) for nfe in budgets]
-    return [peers.setting_for(who, *given(case, samples), nfe=cost, costs=costs) for cost in wanted]
+    on = given(case, samples)
+    costs = None if who.knob else peers.listed_costs(who, *on)
+    return [peers.setting_for(who, *on, who.cost(nfe, STEPS, BLOCKS), costs) for nfe in budgets]  # type: ignore[call-arg]
 
 
 NAMES = {

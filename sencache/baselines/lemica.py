@@ -1,4 +1,4 @@
-"""LeMiCa (Gao et al. 2025, arXiv 2511.00090; schedules: UnicomAI/LeMiCa).
+"""LeMiCa (Gao et al. 2025, arXiv 2511.00090; schedules for Wan: the fork scruffynerf/LeMiCa).
 
 Skipping a segment, evaluating at steps i and j and reusing i in between, does something to the final sample:
 
