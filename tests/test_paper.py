@@ -245,6 +245,14 @@ def test_sensitivities_are_those_of_calibrate_on_the_adapter(weights):
     torch.testing.assert_close(1000 * ours.alpha_t[:-1], theirs.alpha_t[:-1], rtol=1e-3, atol=1e-5)
 
 
+def test_wan_decodes_in_single_precision_from_weights_that_were_not_rounded(weights):
+    options = sample.parser().parse_args([*line(weights, "nowhere"), "--dtype", "bf16"])
+    pipe = sample.open_source(options, MODELS["wan"], "cpu").pipe
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in pipe.vae.parameters())
+
+
 def test_methods_are_the_paper_s_rows_and_as_many_evaluations_of_others():
     wan = methods.groups(MODELS["wan"], 50)
     assert {"sencache-slow", "sencache-fast", "steps25", "steps21", "ours-nfe21"} < set(wan["table1"])

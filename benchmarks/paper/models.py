@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 STEPS = 50
 
 
@@ -34,8 +32,9 @@ class Model:
 
 
 def exact_vae(pipe: Any) -> None:
-    """Wan's VAE decodes in float32, as in the official code and in diffusers' examples."""
-    pipe.vae.to(torch.float32)
+    """Wan's VAE decodes in float32, as in the official code and in diffusers' examples: read anew, and not rounded."""
+    vae = type(pipe.vae).from_pretrained(pipe.name_or_path, subfolder="vae")  # float32 unless told otherwise
+    pipe.register_modules(vae=vae.eval().to(pipe.vae.device))
 
 
 def tiled_vae(pipe: Any) -> None:
