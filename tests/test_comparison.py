@@ -1,0 +1,105 @@
+"""The comparison: budgets are kept, settings come from the choosing seeds, and a line says what was measured."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import comparison, peers
+from benchmarks.cases import cases
+from benchmarks.methods import BLOCKS, FORECAST, HOLD, METHODS, free_solvers
+from benchmarks.results import read, write
+from benchmarks.shipped import SEEDS
+from solvers import integrate
+
+SIT = cases()["sit"]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def test_the_three_sets_of_seeds_share_no_noise_and_their_first_samples_are_the_same():
+    noises = [SIT.samples(3, purpose).x for purpose in SEEDS]
+    assert len(SEEDS) == 3
+    assert all(
+        not torch.equal(a[i], b[j]) for a in noises for b in noises if a is not b for i in range(3) for j in range(3)
+    )
+    for case in cases().values():
+        if (comparison.ROOT / f"benchmarks/fields/{case.name}.safetensors").exists():
+            few, more = case.samples(2, "reported"), case.samples(5, "reported")
+            assert torch.equal(few.x, more.x[:2])
+            assert torch.equal(few.conditions, more.conditions[:2])
+
+
+@pytest.mark.parametrize("nfe", [25, 10])
+def test_free_solvers_cost_what_they_say(nfe):
+    field, x, _ = SIT.samples(1, "choosing")
+    for name, (grid, stepper) in free_solvers(SIT, nfe).items():
+        calls = []
+        integrate(lambda x, t, calls=calls: (calls.append(t), field(x, t))[1], x, grid, stepper)
+        assert len(calls) == nfe, name
+
+
+def test_a_comparison_on_the_sit(monkeypatch):
+    names = ("ours", "ours-uncalibrated", "sencache-rule", "teacache", "uniform", "fewer-steps")
+    monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in names})
+    monkeypatch.setattr(comparison, "BUDGETS", (20,))
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 60)
+    monkeypatch.setattr(comparison, "stlpips", lambda a, b: torch.zeros(len(a)))  # its weights are a download
+    settings = comparison.choose(SIT, 2)
+    assert set(settings) == {"ours-uncalibrated", "sencache-rule", "teacache"}
+    assert len(settings["teacache"]["measured"]) == 5
+    results = {result.method: result for result in comparison.compare(SIT, 3, (20,), settings)}
+    assert list(results) == ["all-steps", *names]
+    assert results["all-steps"].psnr == math.inf
+    assert results["all-steps"].psnr_true < 60
+    for name in names:
+        assert results[name].evaluations == pytest.approx(20, abs=2), name
+        assert results[name].seconds > 0
+    assert results["ours"].psnr > results["fewer-steps"].psnr + 8
+    assert results["ours"].ssim > results["fewer-steps"].ssim
+
+
+def test_a_setting_that_cannot_keep_the_budget_is_none_and_its_line_is_left_out(monkeypatch):
+    """Ten strict steps leave more than ten evaluations."""
+    monkeypatch.setattr(comparison, "METHODS", {"sencache-paper": METHODS["sencache-paper"]})
+    monkeypatch.setattr(comparison, "BUDGETS", (9,))
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
+    monkeypatch.setattr(comparison, "stlpips", lambda a, b: torch.zeros(len(a)))
+    settings = comparison.choose(SIT, 1)
+    assert settings == {"sencache-paper": {"9": None}}
+    assert [each.method for each in comparison.compare(SIT, 2, (9,), settings)] == ["all-steps"]
+
+
+def test_what_a_peer_probes_is_told_apart_from_what_it_computes():
+    probing = next(peer for peer in peers.PEERS if peer.name == "FirstBlockCache")
+    plain = next(peer for peer in peers.PEERS if peer.name == "TaylorSeer")
+    assert probing.cost(20, 50, BLOCKS) == 20 + 30 / 5
+    assert probing.computed(26, 50, BLOCKS) == 20
+    assert plain.cost(20, 50, BLOCKS) == plain.computed(20, 50, BLOCKS) == 20
+
+
+def test_every_method_is_of_one_kind():
+    others = {name for name in METHODS if name.startswith(("ours", "fewer-steps"))}
+    assert set(METHODS) == others | set(HOLD) | set(FORECAST)
+    assert not set(HOLD) & set(FORECAST)
+
+
+def test_pictures_and_tables_are_made_of_results(tmp_path, capsys):
+    lines = [
+        comparison.Result("sit", method, nfe, nfe, psnr, psnr - 5, 0.3, 0.9, 0.01, 40.0, 0.1 * nfe)
+        for method, psnr in (("ours", 60.0), ("fewer-steps", 40.0))
+        for nfe in (25, 10)
+    ]
+    write(lines, tmp_path / "comparison.csv")
+    again = read(tmp_path / "comparison.csv")
+    assert again == lines
+    comparison.draw(again, "psnr", "dB", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    comparison.print_markdown(again, (25, 10))
+    assert "| ours | 60.0 (0.3) · 0.900 · 0.0100 · 40.0 |" in capsys.readouterr().out
