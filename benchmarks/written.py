@@ -1,0 +1,29 @@
+"""Rows as CSV in benchmarks/results and as Markdown on the screen."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+Row = dict[str, Any]
+
+
+def write(name: str, rows: list[Row]) -> None:
+    """benchmarks/results/`name`.csv, numbers to five significant digits."""
+    with (ROOT / f"benchmarks/results/{name}.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+
+
+def print_markdown(title: str, rows: list[Row]) -> None:
+    """The rows under their keys; numbers come as they are to be read, in strings."""
+    print(f"\n{title}\n\n| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
+    for row in rows:
+        print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
