@@ -37,6 +37,9 @@ class CachedField:
     field: v = field(x, t, ...). If it has `select(rows)`, which returns the field of those samples alone, only samples
         that need it are evaluated; otherwise one sample's need computes the whole batch.
     profile: what `calibrate` measured on this field. Without one, `tolerance` goes by the field's own outputs.
+    criterion: another judge in place of the profile, such as those of `sencache.baselines`, or one of your own: a
+        `Criterion` or `Watching` of `run.py`. `tolerance` is then in its unit, and `max_reuses` unlimited by default.
+        A `Scheduled` one says itself where to evaluate and needs no tolerance.
 
     How much to pay is said in one of three ways; without any, half of the evaluations are spent.
     nfe: evaluations a sample, spent on the best schedule that the profile knows.
@@ -55,7 +58,8 @@ class CachedField:
     payload: what it is that is continued: the "output", or by "blocks" what a transformer's blocks add to its tokens,
         as the authors' code does. Then embeddings and head run at every query, on the true x and t, which is not
         counted as an evaluation; and the field needs `stack(x, t)` and `head(x, t, stack)`, of which
-        `head(x, t, stack(x, t))` is its output.
+        `head(x, t, stack(x, t))` is its output. By "difference" it is output minus state, added to the present state,
+        as EasyCache does.
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
         "hold": ``CachedField(field, profile, tolerance=0.1, max_reuses=3, reuse="hold")`` is the paper to the letter.
         It takes effect in `integrate`; where only calls are seen, give `run` the grid.
@@ -69,6 +73,7 @@ class CachedField:
         field: Callable[..., Any],
         profile: SensitivityProfile | None = None,
         *,
+        criterion: Criterion | None = None,
         nfe: int | None = None,
         rtol: float | None = None,
         tolerance: Tolerance | None = None,
@@ -80,20 +85,22 @@ class CachedField:
         norm: Norm = rms,
         key: Key | None = None,
     ):
-        check_options(nfe, rtol, tolerance, max_reuses, unit, reuse, correct)
+        check_options(nfe, rtol, tolerance, max_reuses, unit, reuse, correct, criterion)
         check_payload(field, payload, rtol)
+        if profile is not None and criterion is not None:
+            raise ValueError("Who decides, the `profile` or the `criterion`? Give one of them.")
         if profile is not None:
             check_model(profile, getattr(field, "fingerprint", None))
             if rtol is not None:
                 profile.factor(1)  # raises where nothing was rehearsed
-        elif tolerance is None:
+        elif tolerance is None and criterion is None:
             raise ValueError(
                 "Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`."
             )
-        self.field, self.profile, self.norm, self.key = field, profile, norm, key
+        self.field, self.profile, self.criterion, self.norm, self.key = field, profile, criterion, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
-        self.unit = unit or ("output" if profile is not None else "sample")
+        self.unit = unit or ("sample" if profile is None and criterion is None else "output")
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, Plan] = {}
         self._thread = threading.local()  # every thread has its own current run
@@ -174,7 +181,7 @@ class CachedField:
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
         run = Run(self.field, self._rule(ts, stepper), self.key)
         run.sampler = ts, stepper, fold
-        if self.tolerance is None:
+        if self.tolerance is None and self.criterion is None:
             plan = self.plan(ts, stepper)
             run.report.expected, run.report.promised = plan.relative_error, plan.promised
         if fold and self.correct and ts is not None:
@@ -194,6 +201,8 @@ class CachedField:
 
     def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:
         """Who decides, how many reuses in a row it is allowed, and the variable in which outputs are continued."""
+        if self.criterion is not None:
+            return self.criterion, math.inf if self.max_reuses is None else self.max_reuses, "t"
         if self.tolerance is None:
             plan = self.plan(ts, stepper)
             return Planned(plan), math.inf, plan.variable

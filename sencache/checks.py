@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sencache.criteria import Scheduled
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES
-from sencache.run import check_direction
+from sencache.run import Criterion, check_direction
 
 UNITS = ("output", "sample")
 
@@ -23,8 +24,17 @@ def check_options(
     unit: str | None,
     reuse: str,
     correct: bool | None,
+    criterion: Criterion | None = None,
 ) -> None:
     """Raise where how much to pay is not said in one way, or in a way that means nothing."""
+    if criterion is not None and (nfe is not None or rtol is not None or unit is not None):
+        raise ValueError(
+            "A `criterion` goes with `tolerance`, in its own unit; `nfe`, `rtol` and `unit` need a profile."
+        )
+    if criterion is not None and tolerance is None and not isinstance(criterion, Scheduled):
+        raise ValueError(
+            f"{type(criterion).__name__} says how far outputs move; give the `tolerance` up to which they are reused."
+        )
     said = {
         name: value for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance)) if value is not None
     }
@@ -38,7 +48,7 @@ def check_options(
         raise ValueError("`rtol` is rehearsed with linear reuse and correction; with other choices give `nfe`.")
     if tolerance is not None and not callable(tolerance) and not tolerance >= 0:
         raise ValueError(f"`tolerance` is the size of a change and cannot be negative; got {tolerance}.")
-    if max_reuses is not None and tolerance is None:
+    if max_reuses is not None and tolerance is None and criterion is None:
         raise ValueError(f"`max_reuses` goes with `tolerance`; a plan knows its own. Got max_reuses={max_reuses}.")
     if max_reuses is not None and not (max_reuses >= 0 and (max_reuses == math.inf or max_reuses == int(max_reuses))):
         raise ValueError(f"`max_reuses` counts reuses, 0, 1, 2, ... or math.inf; got {max_reuses}.")
@@ -51,8 +61,8 @@ def check_options(
 
 
 def check_payload(field: Any, payload: str, rtol: float | None) -> None:
-    if payload not in ("output", "blocks"):
-        raise ValueError(f"`payload` must be output or blocks; got {payload!r}.")
+    if payload not in ("output", "blocks", "difference"):
+        raise ValueError(f"`payload` must be output, blocks or difference; got {payload!r}.")
     missing = [name for name in ("stack", "head") if not hasattr(field, name)]
     if payload == "blocks" and missing:
         raise ValueError(
@@ -60,8 +70,8 @@ def check_payload(field: Any, payload: str, rtol: float | None) -> None:
             f"stack)`, its output made of that; {type(field).__name__} has no {' and no '.join(missing)}. The adapters "
             'of `sencache.adapters` have both; for any other field take payload="output".'
         )
-    if payload == "blocks" and rtol is not None:
-        raise ValueError('`rtol` is rehearsed with payload="output"; with "blocks" give `nfe`.')
+    if payload != "output" and rtol is not None:
+        raise ValueError(f'`rtol` is rehearsed with payload="output"; with "{payload}" give `nfe`.')
 
 
 def check_model(profile: SensitivityProfile, ours: str | None) -> None:

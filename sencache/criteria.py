@@ -1,4 +1,4 @@
-"""Who says how far an output has moved: measured sensitivities, a plan, or the outputs themselves."""
+"""Who says how far an output has moved: measured sensitivities, a plan, a schedule, or the outputs themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sencache.memory import Look
-from sencache.plan import Plan
+from sencache.plan import Plan, node_between
 from sencache.profile import SensitivityProfile
 from sencache.reuse import Variable
 
@@ -46,6 +46,22 @@ class Planned:
         own = (seen.difference / difference).sqrt()
         own = torch.where(own.isfinite() & (own > 0), own, 1.0)
         return torch.where(seen.distance.isfinite(), expected * own, torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Scheduled:
+    """Evaluate at given times and reuse at the others: infinite once one of them has come, else 0."""
+
+    times: Tensor  # (T,) float64, all query times of the grid, in order
+    nodes: Tensor  # (N,) int64, which of them are evaluated
+
+    @property
+    def direction(self) -> int:
+        return 1 if self.times[-1] > self.times[0] else -1
+
+    def predicted(self, seen: Look) -> Tensor:
+        come = node_between(self.times, self.nodes, seen.t_ref, seen.t)
+        return torch.zeros_like(seen.t).masked_fill(come | ~seen.distance.isfinite(), torch.inf)
 
 
 @dataclass(frozen=True)

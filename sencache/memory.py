@@ -39,6 +39,9 @@ class Look(NamedTuple):
     step: Tensor  # float64, the sign of t's move since the query before
     anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
     other: Tensor  # bool, another network answers here than at the last evaluation
+    reference: tuple[Any, Any] | None = None  # x_ref and the output there, trees of (B, ...); None where there is none
+    noted: Any = None  # what a `Watching` criterion noted down at the query before; None if there was none,
+    now: Any = None  # and what it watches at this one
 
 
 class Branch:
@@ -56,13 +59,14 @@ class Branch:
     spent: Tensor  # (B,) float64, what the last query was measured by, 0 if that was an evaluation
     reuses: Tensor  # (B,) int64, m: of y, in a row
     open: list[tuple[Query, Tensor, Tensor]]  # reuses not yet observed: of which samples (B,), at what offsets (B, 3)
+    noted: Any  # what the criterion wants to be shown at the next query, a tree of (B, ...)
     last_x: Any  # the query before the present one
     last_t: Tensor  # (B, T)
     direction: Tensor  # (B,) float64, the sign of t's first move; 0 before it
 
     def __init__(self, number: int):
         self.number = number  # in the order of appearance
-        self.y = self.y_before = None
+        self.y = self.y_before = self.noted = None
         self.open = []
 
     def look(self, x: Any, clock: Tensor, norm: Norm, regime: Regime) -> Look:
@@ -81,13 +85,16 @@ class Branch:
         same = (still == 1) & (clock == self.last_t).all(1) & distance.isfinite()
         anew, elapsed = step * self.direction < 0, (t - t_ref).abs()
         other = (regime(clock) != regime(self.t)).any(1) & ~anew
-        return Look(t, t_ref, t_before, elapsed, distance, difference, since, self.spent, same, step, anew, other)
+        known = (self.x, self.y), self.noted
+        return Look(
+            t, t_ref, t_before, elapsed, distance, difference, since, self.spent, same, step, anew, other, *known
+        )
 
     def _begin(self, clock: Tensor) -> Look:
         """Nothing to compare with: infinitely far from a memory that has to be made."""
         anew, t = self.y is not None, clock[:, 0]
         zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
-        self.y, self.y_before, self.open = None, None, []
+        self.y, self.y_before, self.noted, self.open = None, None, None, []
         self.direction, self.spent, self.reuses = zero, zero, no.long()
         return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew, no)
 

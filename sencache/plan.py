@@ -52,12 +52,18 @@ class Plan:
 
         And the difference (B,) of the two evaluations before it that goes with this expectation.
         """
-        nodes = self.times[self.nodes] * self.direction
-        slack = self.times.diff().abs().min() / 2 if len(self.times) > 1 else 0.0
-        passed, before = (torch.searchsorted(nodes, at * self.direction + slack, right=True) for at in (t, t_ref))
         nearest = (self.times[None] - t[:, None]).abs().argmin(1)
-        outside = (t < self.times.min() - slack) | (t > self.times.max() + slack)
-        return torch.where((passed > before) | outside, torch.inf, self.change[nearest]), self.difference[nearest]
+        come = node_between(self.times, self.nodes, t_ref, t)
+        return torch.where(come, torch.inf, self.change[nearest]), self.difference[nearest]
+
+
+def node_between(times: Tensor, nodes: Tensor, t_ref: Tensor, t: Tensor) -> Tensor:
+    """Whether one of the times (T,) at `nodes` (N,) has come since t_ref (B,), or t (B,) is not among them at all."""
+    direction = 1 if times[-1] > times[0] else -1
+    slack = times.diff().abs().min() / 2 if len(times) > 1 else 0.0
+    at_nodes = times[nodes] * direction
+    passed, before = (torch.searchsorted(at_nodes, at * direction + slack, right=True) for at in (t, t_ref))
+    return (passed > before) | (t < times.min() - slack) | (t > times.max() + slack)
 
 
 def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:

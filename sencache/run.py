@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 from sencache.correct import Ledger, Note, beyond, observed, offset
 from sencache.criteria import Gains
 from sencache.memory import Branch, Branches, Key, Look, apart, batch_of, clock_of, merge, one_network, take
-from sencache.norms import Norm
+from sencache.norms import Norm, difference
 from sencache.report import Query, Report
 from sencache.reuse import Phi, Variable, continued
-from sencache.trees import tensors
+from sencache.trees import replace, tensors
 
 
 class Criterion(Protocol):
@@ -40,6 +40,20 @@ class Criterion(Protocol):
         """The predicted change (B,) float64 of a reuse now; infinite where nothing is known."""
 
 
+@runtime_checkable
+class Watching(Criterion, Protocol):
+    """A criterion that looks at the queries themselves and has a memory of its own, a value for every conditioning."""
+
+    def watch(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        """What it looks at in a query, a tree of tensors (B, ...): the `now` of the `Look` that it is handed."""
+
+    def note(self, seen: Look, rows: Tensor, y: Any) -> Any:
+        """What it wants to be handed as `noted` at the next query, a tree of tensors (B, ...).
+
+        Asked once the samples `rows` (B,) bool have been evaluated, y being the outputs of these alone.
+        """
+
+
 @dataclass(frozen=True)
 class Rule:
     """Algorithm 1's parameters, for one grid."""
@@ -50,7 +64,8 @@ class Rule:
     phi: Phi  # what a reuse returns
     variable: Variable  # s(t), in which outputs are continued
     norm: Norm
-    payload: str = "output"  # what is continued, or "blocks": what the block stack added, under a fresh head
+    payload: str = "output"  # what is continued, or "blocks": what the block stack added, under a fresh head; or
+    #                          "difference": of output and state, added to the state
     gains: Gains | None = None  # with them epsilon bounds what reuses since the last evaluation did to the sample
 
     def spent(self, change: Tensor, seen: Look) -> Tensor:
@@ -82,6 +97,9 @@ class Run:
         regime = getattr(self.field, "regime", one_network)
         seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
         check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
+        watcher = rule.criterion if isinstance(rule.criterion, Watching) else None
+        if watcher:
+            seen = seen._replace(now=watcher.watch(x, t, *args, **kwargs))
 
         predicted, epsilon = rule.criterion.predicted(seen), rule.epsilon(seen.t)  # S, Eq. 9
         spent = rule.spent(predicted, seen)
@@ -93,7 +111,7 @@ class Run:
         s, s_ref, s_before = (rule.variable(at) for at in (seen.t, seen.t_ref, seen.t_before))
         s_before = s_before.where(seen.difference.isfinite(), torch.nan)  # no line through what is not finite
         phi = rule.phi(s, s_ref, s_before).masked_fill(needed, 0)
-        earlier = branch.y, branch.y_before  # y_r, y_2
+        y, earlier = None, (branch.y, branch.y_before)  # y_r, y_2
         nodes, owes = torch.stack([s, s_ref, s_before], 1), offset(s - s_ref, phi) * ~needed[:, None]
         if needed.any():
             # Alg. 1: y = f(x, t)
@@ -102,6 +120,8 @@ class Run:
                 return self.bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, stack, anew, rule.norm)  # Alg. 1: the reference moves; m = 0
             self._observe(branch, needed, anew, nodes, seen.difference, earlier[1])
+        if watcher:
+            branch.noted = watcher.note(seen, needed, y)
         branch.stand(x, clock, seen.step, spent, reused)
 
         with torch.inference_mode(False):  # it is filled in later, whatever mode rules then
@@ -115,11 +135,12 @@ class Run:
             branch.open += [(query, reused, owes)] if reused.any() else []
         else:
             stack, fresh = continued(branch.stack, branch.stack_before, phi), branch.reuses == 0
-            answer = merge(fresh, take(fresh, branch.y), self.field.head(x, t, stack, *args, **kwargs))
+            head = _state_plus if rule.payload == "difference" else self.field.head
+            answer = merge(fresh, take(fresh, branch.y), head(x, t, stack, *args, **kwargs))
         if self.ledger is None:
             return answer
         excess = None
-        if rule.payload == "blocks":  # y_r + phi (y_r - y_2) is not what was used
+        if rule.payload != "output":  # y_r + phi (y_r - y_2) is not what was used
             excess, owes = beyond(answer, earlier[0], needed), owes * owes.new_tensor([1, 1, 0])
         note = Note(owes, excess, needed, nodes, (branch.y, *earlier), anew, seen.same, branch.number)
         return self.ledger.enter(answer, note, seen.t)
@@ -162,7 +183,7 @@ class Run:
         none = torch.zeros_like(t, dtype=torch.bool)
         if self.ledger is not None:
             nodes = torch.full((len(t), 3), math.nan, dtype=torch.float64)
-            excess = beyond(y, None, ~none) if self.rule.payload == "blocks" else None
+            excess = beyond(y, None, ~none) if self.rule.payload != "output" else None
             y = self.ledger.enter(y, Note(torch.zeros_like(nodes), excess, none, nodes, (y, y, y), ~none, none, 0), t)
         self.report.bypasses += 1
         infinite, unknown = torch.full_like(t, math.inf), torch.full_like(t, math.nan)
@@ -187,8 +208,9 @@ def _evaluate(
     """Output and stack of the samples `needed` (B,) bool, and which samples (B,) were computed for it."""
 
     def both(field: Any, x: Any, t: Tensor | float) -> tuple[Any, Any]:
-        if payload == "output":
-            return field(x, t, *args, **kwargs), None
+        if payload != "blocks":
+            y = field(x, t, *args, **kwargs)
+            return y, None if payload == "output" else _less_state(y, x)
         stack = field.stack(x, t, *args, **kwargs)
         return field.head(x, t, stack, *args, **kwargs), stack
 
@@ -199,6 +221,17 @@ def _evaluate(
     own_times = isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(needed)
     few = field.select(needed.nonzero()[:, 0])
     return both(few, take(needed, x), take(needed, t) if own_times else t), needed
+
+
+def _less_state(y: Any, x: Any) -> Any:
+    """Output minus state, trees of the same tensors (B, ...), in float32 or better."""
+    return replace(y, [difference(*pair) for pair in zip(tensors(y), tensors(x), strict=True)])
+
+
+def _state_plus(x: Any, t: Tensor | float, less: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output that `_less_state` was made of, at another state."""
+    pairs = zip(tensors(x), tensors(less), strict=True)
+    return replace(less, [(part.to(rest.dtype) + rest).to(part.dtype) for part, rest in pairs])
 
 
 def check_direction(direction: int, step: Tensor) -> None:

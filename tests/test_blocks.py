@@ -292,7 +292,10 @@ class NoHead:
 ERRORS = {
     "no stack": (lambda: CachedField(lambda x, t: x, tolerance=1.0, payload="blocks"), "no stack and no head"),
     "no head": (lambda: CachedField(NoHead(), tolerance=1.0, payload="blocks"), "NoHead has no head. The adapters"),
-    "what": (lambda: CachedField(Stacked(), tolerance=1.0, payload="tokens"), "output or blocks; got 'tokens'"),
+    "what": (
+        lambda: CachedField(Stacked(), tolerance=1.0, payload="tokens"),
+        "output, blocks or difference; got 'tokens'",
+    ),
 }
 
 

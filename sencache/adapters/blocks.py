@@ -35,7 +35,14 @@ def given(model: nn.Module, name: str, call: Call, what: Tensor, pair: bool = Fa
     return _through(model, name, _Adding(what, pair), call)
 
 
-def _through(model: nn.Module, name: str, block: _Noting | _Adding, call: Call) -> Any:
+def entered(model: nn.Module, name: str, call: Call, pair: bool = False) -> tuple[nn.Module, tuple[Any, ...], dict]:
+    """The first of the blocks `name` of the model, and what a call hands to it; no block is run."""
+    block = _Entering(pair)
+    _through(model, name, block, call)
+    return next(iter(model.get_submodule(name).children())), block.args, block.kwargs
+
+
+def _through(model: nn.Module, name: str, block: _Noting | _Entering | _Adding, call: Call) -> Any:
     """The output of a call on a twin of the model that has one block."""
     if not isinstance(model._modules.get(name), nn.ModuleList):
         raise TypeError(
@@ -76,6 +83,23 @@ class _Noting(nn.Module):
         self.calls += 1
         self.added = difference(_tokens(args, kwargs), before)
         return out
+
+
+class _Entering(nn.Module):
+    """One block in place of all, that keeps what it was handed and changes nothing."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __init__(self, pair: bool):
+        super().__init__()
+        self.pair, self.calls = pair, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self.args, self.kwargs = args, kwargs
+        tokens = _tokens(args, kwargs)
+        return (tokens, kwargs["encoder_hidden_states"]) if self.pair else tokens
 
 
 class _Adding(nn.Module):

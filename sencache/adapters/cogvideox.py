@@ -7,6 +7,8 @@ handed n in float32, an integer where t is one of the T times. Shapes: x (B, F, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,9 @@ class CogVideoXField(Guided):
             image_rotary_emb=self.rotary,
             return_dict=False,
         )[0]
+
+    def modulation(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return kwargs["temb"]
 
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         return self.path.coefficients(t, x).determinant * output

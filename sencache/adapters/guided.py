@@ -66,6 +66,20 @@ class Guided(ABC):
         name, pair = self.BLOCKS, self.PAIR
         return self._guided(x, t, [blocks.given(self.model, name, self._on(batch), one, pair) for batch, one in parts])
 
+    def modulated(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """The timestep-modulated input (B, ...) that TeaCache compares from query to query, at the price of embeddings.
+
+        Of the conditional side alone: without the text in it both are the same.
+        """
+        t, x = self._time(x, t), x.to(_dtype(self.model) or x.dtype)
+        given = self._on((x, t, self.sides[0]))
+        block, args, kwargs = blocks.entered(self.model, self.BLOCKS, given, self.PAIR)
+        return self.modulation(block, *args, **kwargs)
+
+    def modulation(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """`modulated` (B, ...) from what the model hands to its first block."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what the timestep modulates.")
+
     def select(self: Self, rows: Tensor) -> Self:
         """The field of the samples `rows` alone; guidance is inside, so that no pair is torn apart."""
         few = object.__new__(type(self))

@@ -6,6 +6,8 @@ timestep 1000 sigma in float32. Shapes: x (B, N, C), N = num_frames height width
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sencache.adapters.guided import Conditioning, Guided
@@ -59,6 +61,12 @@ class LTXField(Guided):
             **self.shape,
             return_dict=False,
         )[0]
+
+    def modulation(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        tokens, temb = kwargs["hidden_states"], kwargs["temb"]
+        table = block.get_parameter("scale_shift_table")  # (6, D): shift and scale of the attention come first
+        shift, scale = (table + temb.unflatten(-1, (len(table), -1))).unbind(2)[:2]
+        return block.get_submodule("norm1")(tokens) * (1 + scale) + shift
 
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         held = self.sides[0].get("held")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from sencache.adapters.guided import Conditioning, Guided
 from sencache.profile import fingerprint
@@ -44,6 +47,12 @@ class SiTField(Guided):
     def call(self, model: nn.Module, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
         at = t.to(x)
         return model(x, at if self.data_at == 1 else 1 - at, given["y"])[:, : x.shape[1]]
+
+    def modulation(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        tokens, c = args
+        name = "adaLN_modulation" if hasattr(block, "adaLN_modulation") else "modulation"  # as in the authors' SiT
+        shift, scale = block.get_submodule(name)(c).chunk(6, -1)[:2]
+        return layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         return output if self.data_at == 1 else -output

@@ -72,6 +72,9 @@ class WanField(Guided):
             return_dict=False,
         )[0]
 
+    def modulation(self, block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return kwargs["e"] if "e" in kwargs else args[2]  # the projected time embedding, in both codes
+
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         return output if self.held is None else output * ~self.held.to(x.device)[:, None, None]
 
@@ -121,6 +124,9 @@ class WanExperts:
     def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
         """The velocity (B, C, F, H, W) at x (B, C, F, H, W) and t."""
         return self.expert(t)(x, t)
+
+    def modulated(self, x: Tensor, t: Tensor | float) -> Tensor:
+        return self.expert(t).modulated(x, t)
 
     def stack(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
         return self.expert(t).stack(x, t)
