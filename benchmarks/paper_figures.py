@@ -15,31 +15,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cases import Case, cases
 from benchmarks.metrics import psnr
+from benchmarks.paper_terms import figure_terms
 from benchmarks.recorded import Recording, recorded, tolerance_for
 from benchmarks.shipped import FIELDS
-from benchmarks.terms import PREDICTORS, THIRDS, agreement, changes
-from benchmarks.written import ROOT, Row, print_markdown, write
+from benchmarks.terms import THIRDS
+from benchmarks.written import BLUE, GREY, RED, ROOT, TITLES, Row, print_markdown, save, standard_error, write
 from sencache import CachedField, SensitivityProfile, calibrate
 from sencache.norms import difference
 from solvers import integrate
 
 FIGURES = ("3a", "4", "5", "terms")
-TITLES = {"sit": "SiT, images", "wan": "Wan", "ltx": "LTX", "cogvideox": "CogVideoX"}
 NFE, REPORTED, GROUPS = 25, 32, 4  # of Fig. 4: evaluations, samples that are compared, calibrations of 8 that are run
-BLUE, RED, GREY = "#1f4e79", "#c0504d", "0.45"
-plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 
 def measured(samples: int) -> SensitivityProfile:
@@ -56,7 +49,7 @@ def subset(profile: SensitivityProfile, rows: slice) -> SensitivityProfile:
     assert profile.gram is not None
     assert profile.size is not None
     x, t = profile.samples_x[rows], profile.samples_t[rows]
-    kept = {"samples_x": x, "samples_t": t, "gram": profile.gram[rows], "size": profile.size[rows]}
+    kept: dict[str, Any] = {"samples_x": x, "samples_t": t, "gram": profile.gram[rows], "size": profile.size[rows]}
     return replace(profile, alpha_x=x.nanmean(0), alpha_t=t.nanmean(0), **kept)
 
 
@@ -221,103 +214,6 @@ def figure_5(recordings: dict[str, Recording]) -> None:
     print_markdown("Fig. 5: mean absolute difference of consecutive outputs", shown)
 
 
-def figure_terms(recordings: dict[str, Recording]) -> None:
-    """What the two terms of S, S, own differences and plans see of the true change of a reuse."""
-    figure, axes = plt.subplots(
-        4, len(recordings), figsize=(max(5.0 * len(recordings), 9), 13), layout="constrained", squeeze=False
-    )
-    rows: list[Row] = []
-    for column, (name, recording) in zip(axes.T, recordings.items(), strict=True):
-        case = cases()[name]
-        found, steps = changes(recording, case.profile, case), len(recording.y)
-        whole = torch.ones_like(found.step, dtype=torch.bool)
-        parts = {"all": whole} | {third: found.third(steps) == k for k, third in enumerate(THIRDS)}
-        parts |= {f"gap {gap}": found.gap == gap for gap in sorted(set(found.gap.tolist()))}
-        for part, where in parts.items():
-            for predictor, predicted in found.predicted.items():
-                numbers = agreement(predicted[:, where], found.truth(predictor)[:, where])
-                rows.append({"field": name, "part": part, "predictor": predictor, **numbers._asdict()})
-        mine = [row for row in rows if row["field"] == name]
-        column[0].set_title(f"{TITLES[name]}, {len(recording.x[0])} samples")
-        draw_sizes(column[0], found.predicted, found.true["hold"], found.gap == 2, recording.ts[found.step])
-        for axis, value in zip(column[1:], ("ratio", "rank", "within"), strict=True):
-            draw_thirds(axis, mine, value)
-    labels = (
-        "RMS change over 2 steps",
-        "predicted / true,\nmedian",
-        "rank correlation over\nsamples, times, gaps",
-        "rank correlation across\nsamples at one time and gap",
-    )
-    for axis, label in zip(axes[:, 0], labels, strict=True):
-        axis.set_ylabel(label)
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    save(figure, "What is seen of the true change of a reuse", "paper_terms")
-    write("paper_terms", rows)
-    print_terms(rows)
-
-
-COLOURS = dict(zip(PREDICTORS, ("#4f9d69", "#e08e45", RED, "0.35", BLUE, "#6fa8dc"), strict=True))
-
-
-def draw_sizes(axis: Axes, predicted: dict[str, Tensor], true: Tensor, where: Tensor, t: Tensor) -> None:
-    """Medians over the samples of the change over one gap, beside the truth and its deciles, along t."""
-    t, true = t[where], true[:, where]
-    low, high = true.quantile(torch.tensor([0.1, 0.9], dtype=true.dtype), 0)
-    axis.fill_between(t, low, high, color="black", alpha=0.15, lw=0)
-    axis.plot(t, true.median(0).values, color="black", lw=2.4, label="true (band: deciles)")
-    for name in list(PREDICTORS)[:5]:
-        axis.plot(t, predicted[name][:, where].median(0).values, color=COLOURS[name], lw=1.4)
-    axis.legend(fontsize=10)
-    axis.set(yscale="log", xlabel="t, from noise to data")
-    axis.invert_xaxis()
-
-
-def draw_thirds(axis: Axes, rows: list[Row], value: str) -> None:
-    """One statistic of every predictor by third of the trajectory, with its bootstrap error."""
-    names = ("all", *THIRDS)
-    for k, (name, label) in enumerate(PREDICTORS.items()):
-        mine = {row["part"]: row for row in rows if row["predictor"] == name}
-        at = [place + 0.11 * (k - 2.5) for place in range(len(names))]
-        values, errors = ([mine[part][key] for part in names] for key in (value, f"{value}_se"))
-        axis.errorbar(
-            at, values, [2 * error for error in errors], fmt="o", ms=5, capsize=3, color=COLOURS[name], label=label
-        )
-    axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
-    axis.axhline(1, color=GREY, lw=0.8, ls=":")
-    if value == "ratio":
-        ticks = (0.25, 0.5, 1, 2, 4, 8, 16)
-        axis.set_yscale("log")
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        most = max(row["ratio"] for row in rows)
-        axis.set_ylim(0.4, max(6.0, 1.6 * most))
-    elif value == "within":
-        axis.axhline(0, color=GREY, lw=0.8, ls=":")
-
-
-def print_terms(rows: list[Row]) -> None:
-    for part in ("all", *THIRDS):
-        shown = [
-            {
-                "field": row["field"],
-                "predictor": row["predictor"],
-                "rank correlation": f"{row['rank']:.2f} ± {row['rank_se']:.2f}",
-                "across samples": f"{row['within']:.2f} ± {row['within_se']:.2f}",
-                "predicted / true": f"{row['ratio']:.2f} ± {row['ratio_se']:.2f}",
-                "its deciles": f"{row['low']:.2f} to {row['high']:.2f}",
-                "under the truth": f"{row['under']:.0%}",
-            }
-            for row in rows
-            if row["part"] == part
-        ]
-        print_markdown(f"Section 4.4, gaps 1 to 4, {part}", shown)
-
-
-def standard_error(samples: Tensor) -> Tensor:
-    """Of the mean over samples (S, ...)."""
-    return samples.std(0) / len(samples) ** 0.5
-
-
 def short(row: Row) -> Row:
     return {key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()}
 
@@ -326,12 +222,6 @@ def columns(curves: dict[str, Tensor]) -> list[Row]:
     return [
         dict(zip(curves, values, strict=True)) for values in zip(*(c.tolist() for c in curves.values()), strict=True)
     ]
-
-
-def save(figure: Any, title: str, name: str) -> None:
-    figure.suptitle(title, fontsize=14)
-    figure.savefig(ROOT / f"docs/{name}.png", dpi=110)
-    plt.close(figure)
 
 
 def available(names: list[str]) -> dict[str, Case]:

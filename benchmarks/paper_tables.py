@@ -17,16 +17,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sencache.baselines import MagCache, TeaCache, magnitude_ratios, teacache_coefficients
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.cases import STEPS, Case
+from benchmarks.cases import Case
 from benchmarks.metrics import psnr, ssim, stlpips
-from benchmarks.paper_figures import available, standard_error
+from benchmarks.paper_figures import available
 from benchmarks.recorded import recorded, tolerance_for
-from benchmarks.written import Row, print_markdown, write
+from benchmarks.written import Row, print_markdown, standard_error, write
 from sencache import CachedField
+from sencache.baselines import MagCache, TeaCache, magnitude_ratios, teacache_coefficients
 from sencache.tolerance import strict_start
 from solvers import integrate
 
@@ -86,7 +86,7 @@ class Bench:
         values = {name: measure(pixels, self.full).double().cpu() for name, measure in measures.items()}
         self.near[method] = near = values["PSNR"]
         row: Row = {"field": self.case.name, "method": method, **facts}
-        row |= {"NFE": evaluations, "cache ratio": 1 - evaluations / STEPS}
+        row |= {"NFE": evaluations, "cache ratio": 1 - evaluations / (len(self.ts) - 1)}
         for name, value in values.items():
             row |= {name: float(value.mean()), f"{name} SE": float(standard_error(value))}
         return row | {"PSNR median": float(near.median()), "PSNR worst decile": float(near.quantile(0.1))}
