@@ -1,10 +1,11 @@
 """Figures 3a, 4 and 5 of the SenCache paper and its Section 4.4, on the fields that ship (Fig. 3b is `timesteps`).
 
-    python -m benchmarks.paper_figures [3a 4 5 terms] [--fields sit wan ...] [--samples 96]
+    python -m benchmarks.paper_figures [3a 4 5 terms] [--fields sit wan ...] [--samples 64]
 
 3a and 4 are of the SiT: `--samples` of the calibration seeds are measured, and groups of 16 and of 8 beside all of
-them. 5 and terms are of every field whose checkpoint and profile are there, on up to 64 of `--samples` of the reported
-seeds. Writes docs/paper_*.png and benchmarks/results/paper_*.csv and prints tables as Markdown.
+them; a quarter as many of the reported seeds are made for 4. 5 and terms are of every field whose checkpoint and
+profile are there, on up to 64 of `--samples` of the reported seeds. Writes docs/paper_*.png,
+benchmarks/results/paper_*.csv and the tables of docs/paper_reproduced.md, which it prints too.
 Shapes: S samples; K steps.
 """
 
@@ -26,13 +27,13 @@ from benchmarks.paper_terms import figure_terms
 from benchmarks.recorded import Recording, recorded, tolerance_for
 from benchmarks.shipped import FIELDS
 from benchmarks.terms import THIRDS
-from benchmarks.written import BLUE, GREY, RED, ROOT, TITLES, Row, print_markdown, save, standard_error, write
+from benchmarks.written import BLUE, GREY, RED, ROOT, TITLES, Row, publish, save, standard_error, write
 from sencache import CachedField, SensitivityProfile, calibrate
 from sencache.norms import difference
 from solvers import integrate
 
 FIGURES = ("3a", "4", "5", "terms")
-NFE, REPORTED, GROUPS = 25, 32, 4  # of Fig. 4: evaluations, samples that are compared, calibrations of 8 that are run
+NFE, GROUPS = 25, 4  # of Fig. 4: evaluations, and calibrations on 8 samples with which samples are made
 
 
 def measured(samples: int) -> SensitivityProfile:
@@ -96,15 +97,15 @@ def figure_3a(many: SensitivityProfile) -> None:
     figure.axes[0].legend(loc="upper left", fontsize=10)
     save(figure, f"Sensitivities of the SiT: 16 samples beside {len(many.size)}", "paper_3a")
     write("paper_3a", columns(curves))
-    print_markdown(f"Fig. 3a: {len(few)} groups of 16 beside {len(many.size)} samples", shown)
+    publish("paper_3a", {f"{len(few)} groups of 16 beside {len(many.size)} samples": shown})
 
 
-def figure_4(many: SensitivityProfile) -> None:
-    """What calibrating on 8 samples instead of many does to the sensitivities, and to samples."""
+def figure_4(many: SensitivityProfile, reported: int) -> None:
+    """What calibrating on 8 samples instead of many does to the sensitivities, and to `reported` samples."""
     assert many.size is not None
     eights, case = groups(many, 8), cases()["sit"]
     ts, choosing = case.grid(), recorded(case, 16, "choosing")
-    field, x = case.samples(REPORTED, "reported")
+    field, x = case.samples(reported, "reported")
     full = integrate(field, x, ts, case.stepper)
 
     def rule(field: Any, profile: SensitivityProfile) -> Callable[[float], CachedField]:
@@ -140,7 +141,7 @@ def figure_4(many: SensitivityProfile) -> None:
             )
     draw_4(many, eights, near)
     write("paper_4", rows)
-    print_markdown(f"Fig. 4: calibration with 8 samples, PSNR of {REPORTED} samples", [short(row) for row in rows])
+    publish("paper_4", {f"PSNR of {reported} samples to their full runs, dB": [short(row) for row in rows]})
 
 
 ALPHAS = ("alpha_x", "alpha_t")
@@ -181,7 +182,8 @@ def consecutive(recording: Recording) -> Tensor:
 
 def figure_5(recordings: dict[str, Recording]) -> None:
     """The mean absolute difference of consecutive outputs along t, of each field."""
-    figure, axes = plt.subplots(1, len(recordings), figsize=(4.4 * len(recordings), 4), layout="constrained")
+    size = max(4.4 * len(recordings), 6.5), 4
+    figure, axes = plt.subplots(1, len(recordings), figsize=size, layout="constrained", sharey=True)
     rows: list[Row] = []
     shown: list[Row] = []
     for axis, (name, recording) in zip([axes] if len(recordings) == 1 else axes, recordings.items(), strict=True):
@@ -211,7 +213,7 @@ def figure_5(recordings: dict[str, Recording]) -> None:
     figure.axes[0].legend(fontsize=10)
     save(figure, "How far each output is from the one before it", "paper_5")
     write("paper_5", rows)
-    print_markdown("Fig. 5: mean absolute difference of consecutive outputs", shown)
+    publish("paper_5", {"Mean absolute difference of consecutive outputs": shown})
 
 
 def short(row: Row) -> Row:
@@ -245,7 +247,7 @@ def main(figures: list[str], fields: list[str], samples: int) -> None:
         if "3a" in figures:
             figure_3a(many)
         if "4" in figures:
-            figure_4(many)
+            figure_4(many, samples // 4)
     if {"5", "terms"} & set(figures):
         chosen = tqdm(available(fields).items(), desc="full runs")
         recordings = {name: recorded(case, min(samples, 64), "reported") for name, case in chosen}
@@ -259,6 +261,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", choices=[[], *FIGURES], help="which of 3a, 4, 5, terms (default all)")
     parser.add_argument("--fields", nargs="+", default=list(cases()), choices=list(cases()))
-    parser.add_argument("--samples", type=int, default=96, help="how many samples to measure (default 96)")
+    parser.add_argument("--samples", type=int, default=64, help="how many samples to measure (default 64)")
     given = parser.parse_args()
     main(given.figures or list(FIGURES), given.fields, given.samples)

@@ -7,7 +7,8 @@ both on Wan. TeaCache, MagCache and SenCache hold what the blocks add to the tok
 SenCache is strict in the first fifth of the steps; beside them SenCache on outputs, as the paper writes it, ours, and
 fewer steps of the same sampler. Calibrated on 8 samples of the calibration seeds, thresholds found on 8 of the choosing
 ones, numbers of the reported. Videos are compared decoded, with those of all 50 evaluations.
-Writes benchmarks/results/paper_table_*.csv and prints Markdown. Shapes: B samples.
+Writes benchmarks/results/paper_table_*.csv and the tables of docs/paper_reproduced.md, which it prints too.
+Shapes: B samples.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.cases import Case
 from benchmarks.metrics import psnr, ssim, stlpips
 from benchmarks.paper_figures import available
 from benchmarks.recorded import recorded, tolerance_for
-from benchmarks.written import Row, print_markdown, standard_error, write
+from benchmarks.written import Row, publish, standard_error, write
 from sencache import CachedField
 from sencache.baselines import MagCache, TeaCache, magnitude_ratios, teacache_coefficients
 from sencache.tolerance import strict_start
@@ -165,17 +166,18 @@ def main(tables: list[str], fields: list[str], samples: int) -> None:
             found = table_1(bench)
             one += found
             write("paper_table_1", one)
-            print_markdown(f"Table 1, {name}, {samples} videos", shown(found, "method"))
+            publish("paper_table_1", {f"Table 1, {samples} videos": shown(one, "field", "method")})
         if name == "wan" and {"2", "3"} & set(tables):
             scale = scaled(bench)
             if "2" in tables:
                 rows = table_2(bench, scale)
                 write("paper_table_2", rows)
-                print_markdown(f"Table 2: n at tolerance {0.05 * scale:.3g}, Wan", shown(rows, "n"))
+                publish("paper_table_2", {f"Table 2, tolerance {0.05 * scale:.3g}, {samples} videos": shown(rows, "n")})
             if "3" in tables:
                 rows = table_3(bench, scale)
                 write("paper_table_3", rows)
-                print_markdown("Table 3: tolerances at n = 3, Wan", shown(rows, "the paper's", "tolerance"))
+                table = shown(rows, "the paper's", "tolerance")
+                publish("paper_table_3", {f"Table 3, n = 3, {samples} videos": table})
 
 
 if __name__ == "__main__":

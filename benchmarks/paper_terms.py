@@ -5,6 +5,8 @@ Drawn by `python -m benchmarks.paper_figures terms`; what it is made of is in `t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -12,17 +14,16 @@ from torch import Tensor
 
 from benchmarks.cases import cases
 from benchmarks.recorded import Recording
-from benchmarks.terms import PREDICTORS, THIRDS, agreement, changes
-from benchmarks.written import BLUE, GREY, RED, TITLES, Row, print_markdown, save, write
+from benchmarks.terms import GAPS, PREDICTORS, THIRDS, agreement, changes
+from benchmarks.written import BLUE, GREY, RED, TITLES, Row, publish, save, write
 
 COLOURS = dict(zip(PREDICTORS, ("#4f9d69", "#e08e45", RED, "0.35", BLUE, "#6fa8dc"), strict=True))
 
 
 def figure_terms(recordings: dict[str, Recording]) -> None:
     """What the two terms of S, S, own differences and plans see of the true change of a reuse."""
-    figure, axes = plt.subplots(
-        4, len(recordings), figsize=(max(5.0 * len(recordings), 9), 13), layout="constrained", squeeze=False
-    )
+    size = max(5.0 * len(recordings), 9), 13
+    figure, axes = plt.subplots(4, len(recordings), figsize=size, layout="constrained", squeeze=False, sharey="row")
     rows: list[Row] = []
     for column, (name, recording) in zip(axes.T, recordings.items(), strict=True):
         case = cases()[name]
@@ -50,7 +51,7 @@ def figure_terms(recordings: dict[str, Recording]) -> None:
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, "What is seen of the true change of a reuse", "paper_terms")
     write("paper_terms", rows)
-    print_terms(rows)
+    publish_terms(rows)
 
 
 def draw_sizes(axis: Axes, predicted: dict[str, Tensor], true: Tensor, where: Tensor, t: Tensor) -> None:
@@ -63,6 +64,7 @@ def draw_sizes(axis: Axes, predicted: dict[str, Tensor], true: Tensor, where: Te
         axis.plot(t, predicted[name][:, where].median(0).values, color=COLOURS[name], lw=1.4)
     axis.legend(fontsize=10)
     axis.set(yscale="log", xlabel="t, from noise to data")
+    numbered(axis, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2))
     axis.invert_xaxis()
 
 
@@ -79,29 +81,45 @@ def draw_thirds(axis: Axes, rows: list[Row], value: str) -> None:
     axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     axis.axhline(1, color=GREY, lw=0.8, ls=":")
     if value == "ratio":
-        ticks = (0.25, 0.5, 1, 2, 4, 8, 16)
         axis.set_yscale("log")
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        most = max(row["ratio"] for row in rows)
-        axis.set_ylim(0.4, max(6.0, 1.6 * most))
+        numbered(axis, (0.25, 0.5, 1, 2, 4, 8, 16))
     elif value == "within":
         axis.axhline(0, color=GREY, lw=0.8, ls=":")
+        axis.set_ylim(-1.1, 1.1)
 
 
-def print_terms(rows: list[Row]) -> None:
-    for part in ("all", *THIRDS):
-        shown = [
-            {
-                "field": row["field"],
-                "predictor": row["predictor"],
-                "rank correlation": f"{row['rank']:.2f} ± {row['rank_se']:.2f}",
-                "across samples": f"{row['within']:.2f} ± {row['within_se']:.2f}",
-                "predicted / true": f"{row['ratio']:.2f} ± {row['ratio_se']:.2f}",
-                "its deciles": f"{row['low']:.2f} to {row['high']:.2f}",
-                "under the truth": f"{row['under']:.0%}",
-            }
-            for row in rows
-            if row["part"] == part
-        ]
-        print_markdown(f"Section 4.4, gaps 1 to 4, {part}", shown)
+def numbered(axis: Axes, ticks: Sequence[float]) -> None:
+    """Those of `ticks` that a logarithmic axis shows, as plain numbers."""
+    low, high = axis.get_ylim()
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(low, high)
+
+
+def publish_terms(rows: list[Row]) -> None:
+    whole = [
+        {
+            "field": row["field"],
+            "predictor": row["predictor"],
+            "rank correlation": f"{row['rank']:.2f} ± {row['rank_se']:.2f}",
+            "across samples": f"{row['within']:.2f} ± {row['within_se']:.2f}",
+            "predicted / true, median": f"{row['ratio']:.2f} ± {row['ratio_se']:.2f}",
+            "its deciles": f"{row['low']:.2f} to {row['high']:.2f}",
+            "under the truth": f"{row['under']:.0%}",
+        }
+        for row in rows
+        if row["part"] == "all"
+    ]
+    known = {(row["field"], row["predictor"], row["part"]): row for row in rows}
+    parted = []
+    for row in whole:
+        thirds = [known[row["field"], row["predictor"], third] for third in THIRDS]
+        told = (("predicted / true", "ratio"), ("rank correlation", "rank"), ("across samples", "within"))
+        shown = {f"{name}, thirds": " / ".join(f"{third[key]:.2f}" for third in thirds) for name, key in told}
+        gaps = [known[row["field"], row["predictor"], f"gap {gap}"]["rank"] for gap in GAPS]
+        shown["rank correlation, gap 1 / 2 / 3 / 4"] = " / ".join(f"{rank:.2f}" for rank in gaps)
+        parted.append({"field": row["field"], "predictor": row["predictor"], **shown})
+    publish(
+        "paper_terms",
+        {"Gaps 1 to 4, whole trajectories": whole, "First / middle / last third, and each gap alone": parted},
+    )

@@ -1,4 +1,4 @@
-"""Rows as CSV in benchmarks/results and as Markdown on the screen, pictures as PNG in docs."""
+"""Rows as CSV in benchmarks/results, as Markdown on the screen and in the page about them; pictures as PNG in docs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/paper_reproduced.md"
 Row = dict[str, Any]
 TITLES = {"sit": "SiT, images", "wan": "Wan", "ltx": "LTX", "cogvideox": "CogVideoX"}
 BLUE, RED, GREY = "#1f4e79", "#c0504d", "0.45"
@@ -29,11 +30,24 @@ def write(name: str, rows: list[Row]) -> None:
         table.writerows({key: _short(value) for key, value in row.items()} for row in rows)
 
 
-def print_markdown(title: str, rows: list[Row]) -> None:
-    """The rows under their keys; numbers come as they are to be read, in strings."""
-    print(f"\n{title}\n\n| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True)
+def publish(name: str, tables: dict[str, list[Row]]) -> None:
+    """Print rows under their titles, and put them into docs/paper_reproduced.md between the marks of `name`.
+
+    Their values are as they are to be read, in strings.
+    """
+    text = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in tables.items())
+    print(f"\n{text}", flush=True)
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    page = PAGE.read_text()
+    if begin not in page or end not in page:
+        raise ValueError(f"{PAGE} has no lines {begin.strip()!r} and {end!r} for the table to go between.")
+    before, rest = page.split(begin, 1)
+    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end, 1)[1]}")
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _short(value: Any) -> Any:

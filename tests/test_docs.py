@@ -49,9 +49,10 @@ def test_every_host_has_a_page():
     assert all(page.removeprefix("docs/") in overview for page in HOSTS)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *HOSTS, "docs/hosts.md", "docs/diffusers.md", "docs/theory.md", "docs/fields.md"]
-)
+OTHERS = ["docs/hosts.md", "docs/diffusers.md", "docs/theory.md", "docs/fields.md", "docs/paper_reproduced.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HOSTS, *OTHERS])
 def test_every_file_that_is_named_is_there(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"`((?:sencache|solvers|benchmarks|tests|docs)/[\w./]*)`", text)

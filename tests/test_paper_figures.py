@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
 
 pytest.importorskip("skimage")
 
-from benchmarks import paper_figures, paper_tables
+from benchmarks import paper_figures, paper_tables, written
 from benchmarks.cases import Case, Samples
 from benchmarks.recorded import record, tolerance_for
 from benchmarks.terms import agreement, changes
@@ -178,4 +180,25 @@ def test_every_method_spends_about_what_it_was_told_to(monkeypatch):
     assert rows["SenCache"]["PSNR less SenCache's"] == 0
     by_n = paper_tables.table_2(bench, paper_tables.scaled(bench))
     assert [row["n"] for row in by_n] == list(paper_tables.REUSES)
-    assert all(more["NFE"] >= fewer["NFE"] for more, fewer in zip(by_n, by_n[1:], strict=False))
+    assert all(more["NFE"] >= fewer["NFE"] for more, fewer in pairwise(by_n))
+
+
+def test_a_table_takes_its_place_on_the_page_and_nothing_else_moves(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n<!-- b -->\n<!-- end of b -->\n")
+    monkeypatch.setattr(written, "PAGE", page)
+    for value in (1, 2):  # a second time in place of the first
+        written.publish("a", {"A title": [{"x": value, "y": "±"}]})
+        table = f"A title:\n\n| x | y |\n| --- | --- |\n| {value} | ± |"
+        begin, end = "<!-- a -->\n", "<!-- end of a -->"
+        rest = "\nafter\n<!-- b -->\n<!-- end of b -->\n"
+        assert page.read_text() == f"before\n{begin}\n{table}\n\n{end}{rest}"
+    with pytest.raises(ValueError, match="no lines '<!-- c -->'"):
+        written.publish("c", {"A title": [{"x": 1}]})
+
+
+def test_the_page_has_a_place_for_every_table():
+    page = written.PAGE.read_text()
+    names = [f"paper_{figure}" for figure in paper_figures.FIGURES] + [f"paper_table_{n}" for n in (1, 2, 3)]
+    for name in names:
+        assert page.count(f"<!-- {name} -->\n") == page.count(f"<!-- end of {name} -->") == 1
