@@ -10,7 +10,6 @@ from tests import hosts
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/guide.md", "docs/adapters.md", "docs/baselines.md"]  # whose examples run
-REST = ["hosts", "diffusers", "theory", "fields"]
 HOSTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs/hosts").glob("*.md"))
 
 
@@ -49,9 +48,10 @@ def test_every_host_has_a_page():
     assert all(page.removeprefix("docs/") in overview for page in HOSTS)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *HOSTS, "docs/hosts.md", "docs/diffusers.md", "docs/theory.md", "docs/fields.md", "docs/paper.md"]
-)
+OTHERS = ("hosts", "diffusers", "theory", "fields", "paper", "paper_reproduced", "peers", "baselines")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HOSTS, *(f"docs/{name}.md" for name in OTHERS)])
 def test_every_file_that_is_named_is_there(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"`((?:sencache|solvers|benchmarks|tests|docs)/[\w./]*)`", text)
