@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sencache.discretisation import discretisation
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
@@ -41,6 +42,7 @@ class Plan:
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
+    discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
     @property
     def direction(self) -> int:
@@ -163,7 +165,10 @@ def plan_for(
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     answers = regime(times)
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
-    return best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+    plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+    if part.any():
+        return plan
+    return replace(plan, discretisation=discretisation(profile, ts, stepper, times, gain))
 
 
 def best_plan(
