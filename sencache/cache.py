@@ -184,6 +184,7 @@ class CachedField:
         if self.tolerance is None and self.criterion is None:
             plan = self.plan(ts, stepper)
             run.report.expected, run.report.promised = plan.relative_error, plan.promised
+            run.report.discretisation = plan.discretisation
         if fold and self.correct and ts is not None:
             run.ledger = Folding(stepper, ts)
         self._thread.run, self._thread.report = run, run.report

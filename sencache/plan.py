@@ -6,7 +6,8 @@ error that a schedule leaves in the final state is a vector w of weights of the 
 It falls apart into one term a gap, which depends on the gap's two ends and, where outputs are extrapolated, on the
 evaluation before: a shortest path over pairs of evaluations finds the best schedule.
 
-Left out is what the errors do to later outputs; the theory page has what that costs.
+What an error in the state does to the next output is known by its size only, ||J_x|| times the error (Eq. 11), and is
+added as if it were independent of the rest; without sensitivities it is left out.
 
 Shapes: T query times of the grid; S calibration samples; gram (S, T, T); N evaluations.
 """
@@ -20,6 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sencache.discretisation import discretisation
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
@@ -41,6 +43,7 @@ class Plan:
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
+    discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
     @property
     def direction(self) -> int:
@@ -112,10 +115,25 @@ def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
     before = torch.cat([torch.tensor([-1]), nodes[:-1]])
     end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
     total = problem.residual(before, nodes, end).sum(0, keepdim=True)
-    error = torch.cat([quadratic(total, gram) for gram in problem.gram]).sqrt()
+    echo = _echoes(problem, before, nodes, end, total[0])
+    error = torch.stack([quadratic(total, gram)[0] + quadratic(echo, gram).sum() for gram in problem.gram]).sqrt()
     relative = float(error.median() / size)
     kind = problem.reuse, problem.variable, problem.correct
     return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, relative)
+
+
+def _echoes(problem: Problem, before: Tensor, nodes: Tensor, end: Tensor, total: Tensor) -> Tensor:
+    """What evaluations after the first are off by in a wrong state: weights (N - 1, T) of the size it has in the end.
+
+    ||J_x|| times the state's error, times what the output weighs. The state's error is what the gaps before left and
+    what the last one has not repaid yet. An output weighs in the end as much as the stepper's own weights and all that
+    it is continued, interpolated and repaid by: gain less `total`.
+    """
+    assert problem.alpha_x is not None
+    left = problem.residual(before, nodes, end)
+    debt = left.cumsum(0) - left + replace(problem, correct=False).residual(before, nodes, end)
+    at = nodes[1:]
+    return (problem.alpha_x * (problem.gain - total))[at, None] * debt[:-1]
 
 
 def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +187,10 @@ def plan_for(
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     answers = regime(times)
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
-    return best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+    plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+    if part.any():
+        return plan
+    return replace(plan, discretisation=discretisation(profile, ts, stepper, times, gain))
 
 
 def best_plan(
@@ -191,7 +212,8 @@ def best_plan(
             f"`nfe` is {nfe}, and {networks} networks take turns on this grid, each evaluated once or more."
         )
     gram = profile.gram_at(times)
-    problems = [Problem(times, gain, gram, reuse, name, correct, part) for name in ("t", logarithm)]
+    alpha_x = profile.lookup(times.clamp(profile.t.min(), profile.t.max()))[0].nan_to_num(posinf=0.0)
+    problems = [Problem(times, gain, gram, reuse, name, correct, part, alpha_x) for name in ("t", logarithm)]
     rehearsed = profile.facts.get("rehearsed")
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")

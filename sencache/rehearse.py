@@ -1,7 +1,7 @@
 """Rehearse plans on fresh samples, so that an error asked for is an error met: split conformal prediction.
 
-What a plan expects leaves out what errors do to later outputs, so it is too low, by a factor that differs from field to
-field. The factor is measured: R_s = error of sample s / error expected, for S samples that calibration has not seen.
+What a plan expects knows little of what errors do to later outputs, so it is off, by a factor that differs from field
+to field. The factor is measured: R_s = error of sample s / error expected, for S samples that calibration has not seen.
 The k-th smallest of them covers a share of further samples that is distributed as Beta(k, S + 1 - k), whatever the
 factors are, as long as all are exchangeable: new seeds with new prompts are, new seeds of one prompt are not (Wilks
 1941; Vovk et al. 2005). k is the least for which that share is 90 % or more in nine of ten rehearsals, which takes 22

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FAR = 3.0  # times what a plan expects: beyond it the sampler's steps, and not reuse, keep a sample from the solution
+
 
 class Query(NamedTuple):
     """One call of the cached field, as each of its B samples fared."""
@@ -37,6 +39,7 @@ class Report:
         self.bypasses = 0  # calls handed straight to the field because gradients were being recorded
         self.expected = math.nan  # the relative error of the final state that a plan expects,
         self.promised = math.inf  # and the one that 90 % of samples keep, if plans were rehearsed
+        self.discretisation = math.nan  # and the full run's own, against the solution of the ODE, where that is known
         self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
     def add(self, query: Query, anew: Tensor) -> None:
@@ -91,6 +94,11 @@ class Report:
         if not math.isnan(self.expected):
             promised = f"; 90 % of samples keep {self.promised:.2g}" if self.promised < math.inf else ""
             lines.append(f"expected relative error of the sample: {self.expected:.2g}{promised}")
+        if self.discretisation > FAR * self.expected:
+            lines.append(
+                f"The full run is itself about {self.discretisation:.2g} from the ODE's solution; reuse adds little. "
+                "To come nearer to the solution, give `integrate` a second-order stepper, UniPC or DPMSolverPP."
+            )
         if self.unused.any():
             lines.append(f"{int(self.unused.sum())} rows were computed and not used: give the field a `select(rows)`.")
         if self.bypasses:

@@ -1,7 +1,9 @@
 """The best schedule of a given length: a shortest path over pairs of evaluations.
 
 What a gap between two evaluations leaves in the final state depends on its two ends and, where outputs are continued,
-on the evaluation before; `plan.py` says what it is made of. Shapes: T query times of the grid; S calibration samples.
+on the evaluation before; `plan.py` says what it is made of. Until the evaluation at its end repays it, the state owes
+what was left, and in that state the output there is off by about ||J_x|| times as much: an echo, of which the direction
+is not known, so that its square is added. Shapes: T query times of the grid; S calibration samples.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from sencache.correct import owed
 from sencache.reuse import REUSES, VARIABLES
+
+HEARD = 0.25  # of echoes, in the search: ||J_x|| is that along the velocity, and across it fields are often less steep
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +30,13 @@ class Problem:
     variable: str
     correct: bool
     part: Tensor | None = None  # (T,) which network answers, counted along the grid; by default one throughout
+    alpha_x: Tensor | None = None  # (T,) ||J_x||, how wrong an output is in a wrong state; by default not at all
 
     def __post_init__(self) -> None:
         if self.part is None:
             object.__setattr__(self, "part", torch.zeros(len(self.times), dtype=torch.int64))
+        if self.alpha_x is None:
+            object.__setattr__(self, "alpha_x", torch.zeros_like(self.times))
 
     def together(self, one: Tensor, other: Tensor) -> Tensor:
         """Whether one network answers at the query times of both indices; nothing is reused or repaid across two.
@@ -68,6 +75,8 @@ class Problem:
     def costs(self) -> Tensor:
         """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`.
 
+        With the echo of the gap in the output at its end, as far as that output weighs in repaying it and in its step.
+
         What `residual` leaves is A = sum_j c_j f_j over the gap and three outputs, so its square needs no vector of T
         weights: the products of A with outputs and with itself are differences of running sums of G.
         """
@@ -81,6 +90,9 @@ class Problem:
         within = square.diagonal() - square[1:] - square[1:] + square.diagonal()[1:, None]  # <A, A>, (ref, end)
         with_ref = until.T - by_ref.diagonal()[:, None]  # <A, f_ref>
         with_end = by_end - by_ref[:, ends]  # <A, f_end>
+        assert self.alpha_x is not None
+        echo = HEARD * torch.cat([self.alpha_x, self.alpha_x.new_zeros(1)])  # nothing is evaluated at T
+        own = torch.cat([self.gain, self.gain.new_zeros(1)]).abs()
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for before in range(-1, size - 1):
             ref = j[before + 1 :] if before >= 0 else j[:1]
@@ -93,15 +105,19 @@ class Problem:
                 nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
                 repaid[:, :size] = owed(moments.reshape(-1, 3), nodes.reshape(-1, 3)).reshape(moments.shape)
                 repaid[:, :size] *= self.together(ref[:, None], j)[..., None]
-            parts = torch.stack([-repaid[..., 0], -total[ref] - used - repaid[..., 1], used - repaid[..., 2]], -1)
+            parts = torch.stack([torch.zeros_like(used), -total[ref] - used, used], -1)  # before it is repaid
             with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>
             products = torch.stack([with_end[ref], with_ref[ref], with_before], -1)
             three = torch.stack(torch.broadcast_tensors(ends, ref[:, None], torch.tensor(max(before, 0))), -1)
             among = mean[three[..., :, None], three[..., None, :]]  # (ref, end, 3, 3)
-            form = within[ref] + 2 * (parts * products).sum(-1) + torch.einsum("...i,...ij,...j", parts, among, parts)
+            debt, form = (
+                within[ref] + 2 * (each * products).sum(-1) + torch.einsum("...i,...ij,...j", each, among, each)
+                for each in (parts, parts - repaid)
+            )
+            form = form.clamp(min=0) + (echo * (repaid[..., 0].abs() + own)) ** 2 * debt.clamp(min=0)
             end = torch.arange(size + 1)
             real = (end > ref[:, None]) & self.together(end - 1, ref[:, None])
-            cost[before, ref] = torch.where(real, form.clamp(min=0), torch.inf)
+            cost[before, ref] = torch.where(real, form, torch.inf)
         return cost
 
 

@@ -18,8 +18,19 @@ from hypothesis import strategies as st
 
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
 from sencache.plan import expectation, influence, sampler_name
-from sencache.schedule import Problem, quadratic, schedules
-from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, TorchDiffEq, grids, integrate
+from sencache.schedule import HEARD, Problem, quadratic, schedules
+from solvers import (
+    BrownianPath,
+    DPMSolverPP,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Linear,
+    TorchDiffEq,
+    grids,
+    integrate,
+    trajectory,
+)
 from tests.flows import GaussianFlow, linear_flow, rms
 
 SIZE, SAMPLES = 5, 3
@@ -179,6 +190,24 @@ def test_no_schedule_of_its_length_costs_less(method, kind, variable, reuse, cor
         assert total(nodes.tolist()) == pytest.approx(least, rel=1e-9, abs=1e-14)
 
 
+@WAY
+def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct):
+    ts = grid()
+    _, outputs, _ = oracle("smooth", Euler(), ts, "t")
+    still, alpha_x = posed(Euler(), ts, outputs, reuse, correct), torch.linspace(1, 4, 10, dtype=torch.float64)
+    size, felt = len(still.times), replace(still, alpha_x=alpha_x)
+    every = [(b, r, e) for b in range(size) for r in range(b + 1, size) for e in range(r + 1, size)]
+    before, ref, end = torch.tensor(every).T
+    open_gap = replace(still, correct=False).residual(before, ref, end)
+    share = (open_gap - still.residual(before, ref, end))[range(len(end)), end]  # of the output at the end in repaying
+    weight = HEARD * alpha_x[end] * (share.abs() + still.gain[end].abs())
+    echo = weight**2 * quadratic(open_gap, still.gram.mean(0))
+    torch.testing.assert_close(
+        felt.costs()[before, ref, end], still.costs()[before, ref, end] + echo, rtol=1e-8, atol=1e-13
+    )
+    assert torch.equal(felt.costs()[..., size], still.costs()[..., size])  # after the last evaluation none is wrong
+
+
 def test_fewer_schedules_are_the_same_as_the_first_of_more():
     ts = grid()
     problem = posed(Euler(), ts, sequences("smooth", ts[:-1].tolist()), "linear", True)
@@ -295,6 +324,43 @@ def test_the_error_at_heuns_last_query_is_known(n):
     cached = CachedField(field, profile, nfe=n)
     actual = rms(cached.integrate(X, TS, Heun()) - integrate(field, X, TS, Heun()))
     torch.testing.assert_close(actual, cached.plan(TS, Heun()).error, rtol=0.1, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [6, 9])
+@WAY
+def test_an_output_wrong_in_a_wrong_state_is_expected_to_be(n, reuse, correct):
+    """Off by alpha_x times the state's error, each time in a new direction: in many dimensions, at right angles."""
+    steps, d = 20, 20_000
+    ts, generator = grids.uniform(steps, 0.95, 0.05), seeded(3)
+    x, a, b = torch.randn(3, 2, d, generator=generator, dtype=torch.float64)
+    free = lambda x, t: a * torch.sin(3 * t) + b * torch.exp(-2 * t)  # noqa: E731
+    alpha_x, at = torch.linspace(0.5, 1.5, steps, dtype=torch.float64), {float(t): k for k, t in enumerate(ts)}
+    states = {float(ts[0]): x} | {float(step.t): step.x for step in trajectory(free, x, ts)}
+
+    def field(x, t):
+        turned = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        wrong = alpha_x[at[float(t)]] * rms(x - states[float(t)])
+        return free(x, t) + wrong[:, None] * turned
+
+    profile = replace(calibrate(free, x, ts, progress=False), alpha_x=alpha_x)
+    cached = CachedField(field, profile, nfe=n, reuse=reuse, correct=correct)
+    actual = rms(cached.integrate(x, ts) - integrate(free, x, ts))
+    expected = cached.plan(ts).error
+    frozen = CachedField(field, replace(profile, alpha_x=0 * alpha_x), nfe=n, reuse=reuse, correct=correct).plan(ts)
+    torch.testing.assert_close(actual, expected, rtol=0.1, atol=1e-8)
+    assert (expected > frozen.error).all()
+
+
+@pytest.mark.parametrize("field", [lambda x, t: -x, GaussianFlow(Linear())], ids=["v = -x", "Gaussian"])
+@pytest.mark.parametrize("n", [10, 15, 20])
+def test_errors_are_not_expected_to_cancel_where_outputs_are_all_alike(field, n):
+    ts = grids.uniform(60)
+    profile = calibrate(field, X, ts, progress=False)
+    cached = CachedField(field, profile, nfe=n)
+    end, full = cached.integrate(X, ts), integrate(field, X, ts)
+    made = float((rms(end - full) / rms(full)).median())
+    assert made < 2e-3
+    assert 0.1 < made / cached.plan(ts).relative_error < 10
 
 
 # budgets
