@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all bench lint clean
 
 demo: $(READY)  ## the shipped SiT, sampled in full and with a fraction of the evaluations: a table and demo.png
 	$(BIN)/python -m benchmarks.demo
@@ -13,6 +13,9 @@ test: $(READY)  ## everything that takes seconds
 
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+bench: $(READY)  ## every method on every field, few samples: tables on the screen, pictures and a CSV in build/bench
+	$(BIN)/python -m benchmarks.comparison --quick
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

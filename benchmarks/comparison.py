@@ -26,9 +26,10 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from benchmarks.cases import STEPS, Case, cases
-from benchmarks.methods import METHODS, Method, Outcome, free_solvers, peer_settings, plain
+from benchmarks.methods import FORECAST, HOLD, METHODS, Method, Outcome, free_solvers, peer_settings, plain
 from benchmarks.metrics import psnr, ssim, stlpips
-from benchmarks.results import Result, environment, summary, write
+from benchmarks.results import Result, environment, read, summary, write
+from benchmarks.written import TITLES, Row, markdown, publish
 from solvers import UniPC, integrate
 
 BUDGETS = (25, 20, 15, 10)
@@ -128,24 +129,44 @@ def compare(case: Case, count: int, budgets: tuple[int, ...], settings: dict[str
     return results
 
 
-def print_markdown(results: list[Result], budgets: tuple[int, ...]) -> None:
-    """A table a field: PSNR to the reference and, in brackets, its standard error; SSIM and ST-LPIPS; PSNR to truth."""
+def tables(results: list[Result]) -> dict[str, list[Row]]:
+    """As they are to be read: by how much ours leads, and for every field who came how near to what."""
+    found = {"What ours is above the best other, dB": margins(results)}
     for name in dict.fromkeys(result.field for result in results):
-        mine = {(result.method, result.nfe): result for result in results if result.field == name}
-        methods = dict.fromkeys(method for method, _ in mine if method != "all-steps")
-        print(f"\n### {name}\n\n| method | " + " | ".join(f"{nfe}" for nfe in budgets) + " |")
-        print("|---|" + "---|" * len(budgets))
-        for method in methods:
-            cells = [_cell(mine.get((method, nfe))) for nfe in budgets]
-            print(f"| {method} | " + " | ".join(cells) + " |")
+        mine = [result for result in results if result.field == name and result.method != "all-steps"]
+        itself = next(result.psnr_true for result in results if result.field == name and result.method == "all-steps")
+        title = TITLES[name]
+        near = f"{title}: PSNR to all 50 evaluations, dB, median (worst decile; standard error)"
+        found[near] = _by_budget(mine, lambda r: f"{r.psnr:.1f} ({r.psnr_p10:.1f}; {r.psnr_se:.1f})")
+        found[f"{title}: SSIM · ST-LPIPS"] = _by_budget(mine, lambda r: f"{r.ssim:.4f} · {r.stlpips:.5f}")
+        true = f"{title}: PSNR to the true ODE, dB, where all 50 evaluations have {itself:.1f}"
+        found[true] = _by_budget(mine, lambda r: f"{r.psnr_true:.1f}")
+    return found
 
 
-def _cell(result: Result | None) -> str:
-    if result is None:
-        return ""
-    return (
-        f"{result.psnr:.1f} ({result.psnr_se:.1f}) · {result.ssim:.3f} · {result.stlpips:.4f} · {result.psnr_true:.1f}"
-    )
+def _by_budget(results: list[Result], cell: Callable[[Result], str]) -> list[Row]:
+    """A row a method, a column a budget."""
+    budgets = sorted({result.nfe for result in results}, reverse=True)
+    known = {(result.method, result.nfe): cell(result) for result in results}
+    methods = dict.fromkeys(result.method for result in results)
+    return [{"method": method} | {str(nfe): known.get((method, nfe), "-") for nfe in budgets} for method in methods]
+
+
+def margins(results: list[Result]) -> list[Row]:
+    """Of each field and budget: ours over the best that hold, over the best that forecast, and against the true ODE."""
+    rows = []
+    for name, nfe in dict.fromkeys((result.field, result.nfe) for result in results if result.method != "all-steps"):
+        mine = {result.method: result for result in results if (result.field, result.nfe) == (name, nfe)}
+        row = {"field": TITLES[name], "evaluations": str(nfe)}
+        for title, others in (("best that holds", HOLD), ("best forecasting peer", FORECAST)):
+            best = max((mine[other] for other in others if other in mine), key=lambda r: r.psnr, default=None)
+            row[title] = f"{mine['ours'].psnr - best.psnr:+.1f} ({best.method})" if best else "-"
+        free = max(mine["fewer-steps"].psnr, mine["fewer-steps-unipc"].psnr)
+        row["fewer steps"] = f"{mine['ours'].psnr - free:+.1f}"
+        best_true = max(mine["ours"].psnr_true, mine["ours-unipc"].psnr_true)
+        row["to the true ODE, best free solver"] = f"{best_true - mine['fewer-steps-unipc'].psnr_true:+.1f}"
+        rows.append(row)
+    return rows
 
 
 def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
@@ -169,7 +190,7 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
                 )
             axis.set_xlabel("evaluations a sample" if row == 0 else "seconds a sample")
             axis.grid(alpha=0.3)
-        axes[0][column].set_title(field)
+        axes[0][column].set_title(TITLES[field])
     for row in axes:
         row[0].set_ylabel(label)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -178,29 +199,43 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
     plt.close(figure)
 
 
-def main(names: list[str], count: int, budgets: tuple[int, ...], choosing: bool) -> None:
+def main(names: list[str], count: int, budgets: tuple[int, ...], choosing: bool, folder: Path) -> None:
     torch.set_grad_enabled(False)
     settings = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
-    results = []
+    file = folder / "comparison.csv"
+    others = [result for result in read(file) if result.field not in names] if file.exists() else []
     for name in names:
         case = cases()[name]
         if choosing or name not in settings:
             settings[name] = choose(case, CHOSEN_ON)
-            SETTINGS.write_text(json.dumps(settings, indent=1) + "\n")
-        results += compare(case, count, budgets, settings[name])
-        write(results, RESULTS / "comparison.csv")
-    (RESULTS / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+            SETTINGS.write_text(json.dumps(settings) + "\n")
+        others += compare(case, count, budgets, settings[name])
+        write(others, file)
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    if folder == RESULTS:
+        present(others)
+    else:
+        draw(others, "psnr", "PSNR to all 50 evaluations (dB)", folder / "comparison_reference.png")
+        draw(others, "psnr_true", "PSNR to the true ODE (dB)", folder / "comparison_truth.png")
+        for title, rows in tables(others).items():
+            print(f"\n{title}:\n\n{markdown(rows)}")
+
+
+def present(results: list[Result]) -> None:
+    """Pictures and tables of what was measured."""
     draw(results, "psnr", "PSNR to all 50 evaluations (dB)", ROOT / "docs/comparison_reference.png")
     draw(results, "psnr_true", "PSNR to the true ODE (dB)", ROOT / "docs/comparison_truth.png")
-    print_markdown(results, budgets)
+    publish("comparison", tables(results), ROOT / "docs/comparison.md")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fields", nargs="+", choices=list(cases()), default=list(cases()), help="by default all")
-    parser.add_argument("--samples", type=int, default=24, help="to report on, of each field (default 24)")
-    parser.add_argument("--quick", action="store_true", help="6 samples, 25 and 15 evaluations: about 15 minutes")
+    parser.add_argument("--samples", type=int, default=16, help="to report on, of each field (default 16)")
+    parser.add_argument("--quick", action="store_true", help="4 samples, 25 and 15 evaluations, into build/")
     parser.add_argument("--choose", action="store_true", help="find the settings anew, on the choosing seeds")
     options = parser.parse_args()
-    some, most = (6, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
-    main(options.fields, some, most, options.choose)
+    some, most = (4, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
+    out = ROOT / "build/bench" if options.quick else RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    main(options.fields, some, most, options.choose, out)

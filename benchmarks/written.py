@@ -30,19 +30,20 @@ def write(name: str, rows: list[Row]) -> None:
         table.writerows({key: _short(value) for key, value in row.items()} for row in rows)
 
 
-def publish(name: str, tables: dict[str, list[Row]]) -> None:
-    """Print rows under their titles, and put them into docs/paper_reproduced.md between the marks of `name`.
+def publish(name: str, tables: dict[str, list[Row]], file: Path | None = None) -> None:
+    """Print rows under their titles, and put them into a page between the marks of `name`.
 
-    Their values are as they are to be read, in strings.
+    Their values are as they are to be read, in strings. file: the page, by default docs/paper_reproduced.md.
     """
     text = "\n\n".join(f"{title}:\n\n{markdown(rows)}" for title, rows in tables.items())
     print(f"\n{text}", flush=True)
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    page = PAGE.read_text()
+    file = file or PAGE
+    page = file.read_text()
     if begin not in page or end not in page:
-        raise ValueError(f"{PAGE} has no lines {begin.strip()!r} and {end!r} for the table to go between.")
+        raise ValueError(f"{file} has no lines {begin.strip()!r} and {end!r} for the table to go between.")
     before, rest = page.split(begin, 1)
-    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end, 1)[1]}")
+    file.write_text(f"{before}{begin}\n{text}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 def markdown(rows: list[Row]) -> str:

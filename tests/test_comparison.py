@@ -90,10 +90,10 @@ def test_every_method_is_of_one_kind():
     assert not set(HOLD) & set(FORECAST)
 
 
-def test_pictures_and_tables_are_made_of_results(tmp_path, capsys):
+def test_pictures_and_tables_are_made_of_results(tmp_path):
     lines = [
         comparison.Result("sit", method, nfe, nfe, psnr, psnr - 5, 0.3, 0.9, 0.01, 40.0, 0.1 * nfe)
-        for method, psnr in (("ours", 60.0), ("fewer-steps", 40.0))
+        for method, psnr in (("ours", 60.0), ("ours-unipc", 45.0), ("fewer-steps", 40.0), ("fewer-steps-unipc", 41.0))
         for nfe in (25, 10)
     ]
     write(lines, tmp_path / "comparison.csv")
@@ -101,5 +101,20 @@ def test_pictures_and_tables_are_made_of_results(tmp_path, capsys):
     assert again == lines
     comparison.draw(again, "psnr", "dB", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    comparison.print_markdown(again, (25, 10))
-    assert "| ours | 60.0 (0.3) · 0.900 · 0.0100 · 40.0 |" in capsys.readouterr().out
+    title, *others = comparison.tables([*again, lines[0]._replace(method="all-steps", nfe=50)]).items()
+    assert "best other" in title[0]
+    assert others[0][1][0] == {"method": "ours", "25": "60.0 (55.0; 0.3)", "10": "60.0 (55.0; 0.3)"}
+
+
+def test_margins_are_over_the_best_of_their_kind():
+    psnrs = {"ours": 60, "ours-unipc": 50, "teacache": 44, "lemica": 45, "taylorseer": 52, "fewer-steps": 43,
+             "fewer-steps-unipc": 47}  # fmt: skip
+    trues = {"ours-unipc": 52, "fewer-steps-unipc": 49}
+    lines = [
+        comparison.Result("sit", name, 20, 20, psnr, 0, 0, 1, 0, trues.get(name, 40), 1) for name, psnr in psnrs.items()
+    ]
+    (row,) = comparison.margins(lines)
+    assert row["best that holds"] == "+15.0 (lemica)"
+    assert row["best forecasting peer"] == "+8.0 (taylorseer)"
+    assert row["fewer steps"] == "+13.0"
+    assert row["to the true ODE, best free solver"] == "+3.0"
