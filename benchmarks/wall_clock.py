@@ -6,7 +6,7 @@ T_0 is the time of the bare sampler with its N evaluations, T that of the cached
 that costs nothing. The loop is the integration; end to end also loads the profile, plans and decodes. Bare and cached
 runs take turns, so that a machine that grows slower is slow for both, and the medians of `repeats` are taken after a
 run that is not counted. The share outside of the field is what the cached loop spends between evaluations.
-Writes results/wall_clock.csv, prints it as Markdown.
+Writes results/wall_clock.csv and the table in docs/comparison.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.cases import STEPS, Case, cases
 from benchmarks.results import environment
+from benchmarks.written import ROOT, TITLES, publish
 from sencache import CachedField
 from solvers import integrate
 
@@ -117,14 +118,21 @@ def main(names: list[str], count: int, repeats: int) -> None:
     rows = [row for name in names for row in clock(cases()[name], count, repeats)]
     with FILE.open("w", newline="") as file:
         csv.writer(file).writerows([Clocked._fields, *rows])
-    print(f"{rows[0].hardware}\n")
-    print(
-        "| field | samples | one evaluation (ms) | NFE | full (s) | ours (s) | outside the field | E loop | E whole |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        cells = f"{row.evaluation_ms:.0f} | {row.nfe} | {row.seconds_full:.2f} | {row.seconds:.2f} | {row.outside:.1%}"
-        print(f"| {row.field} | {row.samples} | {cells} | {row.efficiency:.3f} | {row.efficiency_end_to_end:.3f} |")
+    table = [
+        {
+            "field": TITLES[row.field],
+            "samples": str(row.samples),
+            "one evaluation, ms": f"{row.evaluation_ms:.0f}",
+            "NFE": str(row.nfe),
+            "all 50, s": f"{row.seconds_full:.2f}",
+            "ours, s": f"{row.seconds:.2f}",
+            "outside of the field": f"{row.outside:.1%}",
+            "E, loop": f"{row.efficiency:.3f}",
+            "E, end to end": f"{row.efficiency_end_to_end:.3f}",
+        }
+        for row in rows
+    ]
+    publish("wall_clock", {rows[0].hardware: table}, ROOT / "docs/comparison.md")
 
 
 if __name__ == "__main__":
