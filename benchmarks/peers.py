@@ -160,7 +160,7 @@ def listed_costs(
 
 def _bisected(cost: Callable[[float], float], nfe: float, rounds: int = 10) -> float | None:
     """The threshold whose cost is nearest to `nfe`, at most the slack above it; None where there is none."""
-    low, high = math.log(1e-5), math.log(1e3)
+    low, high = math.log(1e-3), math.log(1e2)
     found = {math.exp(high): cost(math.exp(high))}
     if min(found.values()) > nfe + SLACK:
         return None
