@@ -160,14 +160,14 @@ def fewer_steps_free(case: Case, samples: Samples, nfe: int, knob: str, measured
     return plain(samples, *free_solvers(case, nfe)[knob])
 
 
-def given(case: Case, samples: Samples) -> tuple[Any, ...]:
-    """What `peers` is asked with."""
-    return case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance
+def task(case: Case, samples: Samples) -> peers.Task:
+    """What a peer is asked to sample."""
+    return peers.Task(case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance)
 
 
 def peer(case: Case, samples: Samples, nfe: int, knob: peers.Setting, measured: None, who: peers.Peer) -> Outcome:
     """A first block that is run only to decide is not charged: it is a fifth of these models, a thirtieth of Wan's."""
-    x, cost = peers.sample(who, knob, *given(case, samples))
+    x, cost = peers.sample(who, knob, task(case, samples))
     return Outcome(x, who.computed(cost, STEPS, BLOCKS))
 
 
@@ -175,9 +175,9 @@ def peer_settings(
     case: Case, samples: Samples, who: peers.Peer, budgets: tuple[int, ...]
 ) -> list[peers.Setting | None]:
     """A peer's setting for each budget, None where it cannot be had for it."""
-    on = given(case, samples)
-    costs = None if who.knob else peers.listed_costs(who, *on)
-    return [peers.setting_for(who, *on, who.cost(nfe, STEPS, BLOCKS), costs) for nfe in budgets]  # type: ignore[call-arg]
+    on = task(case, samples)
+    costs = None if who.knob else peers.listed_costs(who, on)
+    return [peers.setting_for(who, on, who.cost(nfe, STEPS, BLOCKS), costs) for nfe in budgets]
 
 
 NAMES = {

@@ -3,7 +3,7 @@
 docs/peers.md says how each is set up and why. A cost is a number of evaluations: the multiplications inside the
 transformer's blocks over those of one full evaluation. So first blocks that are always run are paid for, and what is
 skipped is not, be it steps, branches or layers; embeddings and head are left out, as in our own block reuse.
-Shapes: x (B, ...) packed as the family's model takes it, scene (B,), ts (K + 1,).
+Shapes: x (B, ...) packed as the family's model takes it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ from benchmarks.multiplications import Multiplications
 from solvers import Stepper, integrate
 
 SLACK = 0.5  # evaluations that a setting may cost above the wanted
+
+
+class Task(NamedTuple):
+    """What is sampled: x (B, ...) packed, of scenes (B,), over ts (K + 1,) by a stepper of one evaluation a step."""
+
+    family: str
+    model: nn.Module
+    scene: Tensor
+    x: Tensor
+    ts: Tensor
+    stepper: Stepper
+    guidance: float
+
+    def part(self, rows: slice) -> Task:
+        """Some of its samples."""
+        return self._replace(scene=self.scene[rows], x=self.x[rows])
 
 
 class Peer(NamedTuple):
@@ -59,26 +75,13 @@ class Peer(NamedTuple):
 
 
 @torch.no_grad()
-def sample(
-    peer: Peer,
-    setting: Setting,
-    family: str,
-    model: nn.Module,
-    scene: Tensor,
-    x: Tensor,
-    ts: Tensor,
-    stepper: Stepper,
-    guidance: float,
-) -> tuple[Tensor, float]:
-    """The samples (B, ...) at ts[-1] from x at ts[0], and the evaluations that one of them cost on average.
-
-    stepper: of one evaluation a step, by which the peers count.
-    """
+def sample(peer: Peer, setting: Setting, task: Task) -> tuple[Tensor, float]:
+    """The samples (B, ...) at the end of a task, and the evaluations that one of them cost on average."""
+    family, model, scene, x, ts, stepper, guidance = task
     if family not in peer.families:
         raise ValueError(f"{peer.name} runs on {', '.join(peer.families)}, not on {family}; docs/peers.md says why.")
     if peer.adaptive and len(x) > 1:
-        parts = zip(scene.split(1), x.split(1), strict=True)
-        runs = [sample(peer, setting, family, model, *part, ts, stepper, guidance) for part in parts]
+        runs = [sample(peer, setting, task.part(slice(row, row + 1))) for row in range(len(x))]
         return torch.cat([end for end, _ in runs]), sum(spent for _, spent in runs) / len(runs)
     field: Any = video.field(family, model, scene, guidance)
     field.batched = peer.fused or family != "wan"
@@ -104,58 +107,36 @@ def sample(
 
 
 @torch.no_grad()
-def setting_for(
-    peer: Peer,
-    family: str,
-    model: nn.Module,
-    scene: Tensor,
-    x: Tensor,
-    ts: Tensor,
-    stepper: Stepper,
-    guidance: float,
-    nfe: float,
-    costs: list[float] | None = None,
-) -> Setting | None:
+def setting_for(peer: Peer, task: Task, nfe: float, costs: list[float] | None = None) -> Setting | None:
     """The setting at which these samples, of the choosing seeds, cost nearest to `nfe` and at most half above it.
 
     Among listed settings of the same cost it is the one of the smallest error. None where even the sparsest costs more.
     costs: `listed_costs`, where several budgets are asked for.
     """
-    given = family, model, scene, x, ts, stepper, guidance
     if peer.knob is not None:
-        measured = mag_ratios(peer, *given) if peer.calibrated else {}
+        measured = mag_ratios(peer, task) if peer.calibrated else {}
         for setting in peer.settings:
 
             def cost(knob: float, setting: Setting = setting) -> float:
-                return sample(peer, {**setting, **measured, str(peer.knob): knob}, *given)[1]
+                return sample(peer, {**setting, **measured, str(peer.knob): knob}, task)[1]
 
             knob = _bisected(cost, nfe)
             if knob is not None:
                 return {**setting, **measured, peer.knob: knob}
         return None
-    costs = listed_costs(peer, *given) if costs is None else costs
+    costs = listed_costs(peer, task) if costs is None else costs
     best = max((spent for spent in costs if spent <= nfe + SLACK), key=lambda spent: -abs(spent - nfe), default=None)
     if best is None:
         return None
     near = [setting for setting, spent in zip(peer.settings, costs, strict=True) if abs(spent - best) < SLACK / 2]
-    full = integrate(video.field(family, model, scene, guidance), x, ts, stepper)
-    errors = [(sample(peer, setting, *given)[0] - full).square().mean().item() for setting in near]
+    full = integrate(video.field(*task[:3], task.guidance), task.x, task.ts, task.stepper)
+    errors = [(sample(peer, setting, task)[0] - full).square().mean().item() for setting in near]
     return near[errors.index(min(errors))]
 
 
-def listed_costs(
-    peer: Peer,
-    family: str,
-    model: nn.Module,
-    scene: Tensor,
-    x: Tensor,
-    ts: Tensor,
-    stepper: Stepper,
-    guidance: float,
-) -> list[float]:
+def listed_costs(peer: Peer, task: Task) -> list[float]:
     """What each of the peer's settings costs, seen on the first sample: without a knob it depends on no sample."""
-    first = family, model, scene[:1], x[:1], ts, stepper, guidance
-    return [sample(peer, setting, *first)[1] for setting in peer.settings]
+    return [sample(peer, setting, task.part(slice(1)))[1] for setting in peer.settings]
 
 
 def _bisected(cost: Callable[[float], float], nfe: float, rounds: int = 10) -> float | None:
@@ -173,21 +154,11 @@ def _bisected(cost: Callable[[float], float], nfe: float, rounds: int = 10) -> f
     return min((knob for knob in found if found[knob] <= nfe + SLACK), key=lambda knob: abs(found[knob] - nfe))
 
 
-def mag_ratios(
-    peer: Peer,
-    family: str,
-    model: nn.Module,
-    scene: Tensor,
-    x: Tensor,
-    ts: Tensor,
-    stepper: Stepper,
-    guidance: float,
-) -> Setting:
+def mag_ratios(peer: Peer, task: Task) -> Setting:
     """The ratios that MagCache prints after a calibration run, here of all samples at once: the first, of "cond"."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        once = peer._replace(adaptive=False)
-        sample(once, {"calibrate": True}, family, model, scene, x, ts, stepper, guidance)
+        sample(peer._replace(adaptive=False), {"calibrate": True}, task)
     lists = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     return {"mag_ratios": ast.literal_eval(lists[0])}
 

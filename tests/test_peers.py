@@ -54,7 +54,7 @@ def noise(family):
 
 
 def task(family, guidance=GUIDANCE):
-    return family, model(family), SCENE, noise(family), TS, Euler(), guidance
+    return peers.Task(family, model(family), SCENE, noise(family), TS, Euler(), guidance)
 
 
 @cache
@@ -65,7 +65,7 @@ def plain(family, guidance=GUIDANCE):
 
 @cache
 def ratios(family):
-    return peers.mag_ratios(NAMED["MagCache"], *task(family))
+    return peers.mag_ratios(NAMED["MagCache"], task(family))
 
 
 def sparse(name, family):
@@ -98,7 +98,7 @@ def contrasts(peer, setting, family):
         return output
 
     with mock.patch.object(installed.Loop, "__call__", recording):
-        peers.sample(peer, setting, *task(family))
+        peers.sample(peer, setting, task(family))
     assert len(outputs) == 2 * STEPS
     return torch.tensor([distance(cond, uncond) for cond, uncond in zip(outputs[::2], outputs[1::2], strict=True)])
 
@@ -110,7 +110,7 @@ def plain_contrasts(family):
 
 @every
 def test_the_most_cautious_setting_is_the_plain_run(name, family):
-    end, spent = peers.sample(NAMED[name], cautious(name, family), *task(family))
+    end, spent = peers.sample(NAMED[name], cautious(name, family), task(family))
     assert spent == pytest.approx(STEPS, abs=1e-9)
     torch.testing.assert_close(end, plain(family), rtol=1e-5, atol=1e-5)
 
@@ -124,11 +124,11 @@ def test_a_peer_skips_and_what_it_skips_is_not_paid_for(name, family):
 
     parts = dict(model(family).named_modules())
     before = state()
-    end, spent = peers.sample(NAMED[name], sparse(name, family), *task(family))
+    end, spent = peers.sample(NAMED[name], sparse(name, family), task(family))
     assert 1 < spent < 0.95 * STEPS
     assert distance(end, plain(family)) > 1e-6
     assert state() == before
-    again = peers.sample(NAMED[name], sparse(name, family), *task(family))
+    again = peers.sample(NAMED[name], sparse(name, family), task(family))
     assert torch.equal(end, again[0])
     assert spent == again[1]
     bare = integrate(video.field(family, model(family), SCENE, GUIDANCE), noise(family), TS)
@@ -156,17 +156,17 @@ def test_an_exception_takes_the_cache_off_too(name):
         advance = fails
 
     before = {path: set(vars(part)) for path, part in model("wan").named_modules()}
-    given = ("wan", model("wan"), SCENE, noise("wan"), TS, Failing(), GUIDANCE)
     with pytest.raises(RuntimeError, match="stop"):
-        peers.sample(NAMED[name], sparse(name, "wan"), *given)
+        peers.sample(NAMED[name], sparse(name, "wan"), task("wan")._replace(stepper=Failing()))
     assert {path: set(vars(part)) for path, part in model("wan").named_modules()} == before
 
 
 def test_an_adaptive_peer_decides_for_each_sample():
-    peer, setting, how = NAMED["FirstBlockCache"], {"threshold": 0.5}, (TS, Euler(), GUIDANCE)
-    scene, x = torch.tensor([3, 7]), torch.cat([noise("ltx"), -0.5 * noise("ltx")])
-    both = peers.sample(peer, setting, "ltx", model("ltx"), scene, x, *how)
-    alone = [peers.sample(peer, setting, "ltx", model("ltx"), scene[k : k + 1], x[k : k + 1], *how) for k in range(2)]
+    peer, setting = NAMED["FirstBlockCache"], {"threshold": 0.5}
+    x = torch.cat([noise("ltx"), -0.5 * noise("ltx")])
+    two = task("ltx")._replace(scene=torch.tensor([3, 7]), x=x)
+    both = peers.sample(peer, setting, two)
+    alone = [peers.sample(peer, setting, two.part(slice(k, k + 1))) for k in range(2)]
     assert torch.equal(both[0], torch.cat([end for end, _ in alone]))
     assert both[1] == pytest.approx((alone[0][1] + alone[1][1]) / 2)
 
@@ -177,7 +177,7 @@ def test_a_first_block_that_always_runs_is_paid_for(name, family):
     """Of three equal blocks one is run at every step, the others only at the first `warmup`."""
     end = {"max_warmup_steps": 1} if name == "DBCache" else {}
     setting = {**NAMED[name].settings[0], **end, NAMED[name].knob: 1e9}
-    _, spent = peers.sample(NAMED[name], setting, *task(family))
+    _, spent = peers.sample(NAMED[name], setting, task(family))
     assert spent == pytest.approx(1 + (STEPS - 1) / 3, rel=2e-3)
 
 
@@ -199,7 +199,7 @@ def test_multiplications_are_those_that_torch_counts(family):
 
 @pytest.mark.parametrize("name", ["FirstBlockCache", "SeaCache", "DBCache"])
 def test_without_guidance_there_is_one_branch(name):
-    end, spent = peers.sample(NAMED[name], cautious(name, "wan"), *task("wan", 1.0))
+    end, spent = peers.sample(NAMED[name], cautious(name, "wan"), task("wan", 1.0))
     assert spent == pytest.approx(STEPS, abs=1e-9)
     torch.testing.assert_close(end, plain("wan", 1.0), rtol=1e-5, atol=1e-5)
 
@@ -208,25 +208,25 @@ def test_without_guidance_there_is_one_branch(name):
 def test_cogvideox_runs_on_its_own_solver(name):
     """Its DDIM is DPM-Solver of order 1 on its path, whose noisiest time has no signal at all."""
     stepper = DPMSolverPP(video.field("cogvideox", model("cogvideox"), SCENE).path, order=1)
-    kind, net, scene, x, ts, _, guidance = task("cogvideox")
-    full = integrate(video.field(kind, net, scene, guidance), x, ts, stepper)
-    end, spent = peers.sample(NAMED[name], sparse(name, kind), kind, net, scene, x, ts, stepper, guidance)
+    given = task("cogvideox")._replace(stepper=stepper)
+    full = integrate(video.field(*given[:3], given.guidance), given.x, TS, stepper)
+    end, spent = peers.sample(NAMED[name], sparse(name, "cogvideox"), given)
     assert 1 < spent < 0.95 * STEPS
-    assert distance(end, full) < 0.3 * distance(full, x)
+    assert distance(end, full) < 0.3 * distance(full, given.x)
 
 
 @pytest.mark.parametrize("name", ["FirstBlockCache", "TaylorSeer"])
 @pytest.mark.parametrize("nfe", [6])
 def test_a_setting_spends_what_is_wanted(name, nfe):
     peer = NAMED[name]._replace(settings=NAMED[name].settings[:12:2])
-    setting = peers.setting_for(peer, *task("wan"), nfe)
-    _, spent = peers.sample(peer, setting, *task("wan"))
+    setting = peers.setting_for(peer, task("wan"), nfe)
+    _, spent = peers.sample(peer, setting, task("wan"))
     assert nfe - 1.5 <= spent <= nfe + peers.SLACK
 
 
 def test_a_setting_is_none_where_a_peer_always_costs_more():
-    assert peers.setting_for(NAMED["PAB"], *task("wan"), 3) is None
-    assert peers.setting_for(NAMED["DBCache"], *task("wan"), 3) is None
+    assert peers.setting_for(NAMED["PAB"], task("wan"), 3) is None
+    assert peers.setting_for(NAMED["DBCache"], task("wan"), 3) is None
 
 
 def test_mag_ratios_are_of_the_residuals_norms():
@@ -246,4 +246,4 @@ def test_mag_ratios_are_of_the_residuals_norms():
 
 def test_a_family_that_a_peer_does_not_know_is_an_error():
     with pytest.raises(ValueError, match="FasterCache runs on wan, cogvideox, not on ltx"):
-        peers.sample(NAMED["FasterCache"], {}, *task("ltx"))
+        peers.sample(NAMED["FasterCache"], {}, task("ltx"))
