@@ -60,7 +60,7 @@ class Comparison:
         """One line of the table; `seconds` are of one sample alone."""
         how = nfe, found.get(str(nfe)), found.get("measured")
         outcome = method.sample(self.case, self.samples, *how)
-        return self.line(method.name, nfe, outcome, seconds(lambda: method.sample(self.case, self.first, *how)))
+        return self.line(method.name, nfe, outcome, seconds(lambda: method.timed(self.case, self.first, *how)))
 
     def line(self, name: str, nfe: int, outcome: Outcome, seconds: float) -> Result:
         pixels = self.case.pixels(outcome.x)

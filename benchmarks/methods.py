@@ -50,10 +50,15 @@ class Method:
     """
 
     name: str
-    sample: Callable[[Case, Samples, int, Any, Any], Outcome]
+    sample: Callable[..., Outcome]
     knob: str | None = None
     measure: Callable[[Case], Any] | None = None
     peer: peers.Peer | None = None
+
+    @property
+    def timed(self) -> Callable[..., Outcome]:
+        """`sample` without what is only there to count."""
+        return partial(self.sample, counted=False) if self.peer else self.sample
 
     def runs_on(self, case: Case) -> bool:
         return self.peer is None or case.name in self.peer.families
@@ -165,9 +170,11 @@ def task(case: Case, samples: Samples) -> peers.Task:
     return peers.Task(case.name, case.model, samples.conditions, samples.x, case.grid(), case.stepper, case.guidance)
 
 
-def peer(case: Case, samples: Samples, nfe: int, knob: peers.Setting, measured: None, who: peers.Peer) -> Outcome:
+def peer(
+    case: Case, samples: Samples, nfe: int, knob: peers.Setting, measured: None, who: peers.Peer, counted: bool = True
+) -> Outcome:
     """A first block that is run only to decide is not charged: it is a fifth of these models, a thirtieth of Wan's."""
-    x, cost = peers.sample(who, knob, task(case, samples))
+    x, cost = peers.sample(who, knob, task(case, samples), counted)
     return Outcome(x, who.computed(cost, STEPS, BLOCKS))
 
 
@@ -211,5 +218,5 @@ METHODS = {
     )
 }
 HOLD = ("sencache-paper", "sencache-rule", "teacache", "magcache", "easycache", "lemica", "uniform", "best-hold",
-        "first-block-cache", "magcache-diffusers", "seacache", "pab", "fastercache", "cache-dit")  # fmt: skip
-FORECAST = ("taylorseer", "taylorseer-lite", "cache-dit-taylorseer")
+        "first-block-cache", "magcache-diffusers", "pab", "fastercache", "cache-dit")  # fmt: skip
+FORECAST = ("seacache", "taylorseer", "taylorseer-lite", "cache-dit-taylorseer")

@@ -75,35 +75,48 @@ class Peer(NamedTuple):
 
 
 @torch.no_grad()
-def sample(peer: Peer, setting: Setting, task: Task) -> tuple[Tensor, float]:
-    """The samples (B, ...) at the end of a task, and the evaluations that one of them cost on average."""
+def sample(peer: Peer, setting: Setting, task: Task, counted: bool = True) -> tuple[Tensor, float]:
+    """The samples (B, ...) at the end of a task, and the evaluations that one of them cost on average.
+
+    Not `counted`, which takes time, the cost is NaN.
+    """
     family, model, scene, x, ts, stepper, guidance = task
     if family not in peer.families:
         raise ValueError(f"{peer.name} runs on {', '.join(peer.families)}, not on {family}; docs/peers.md says why.")
     if peer.adaptive and len(x) > 1:
-        runs = [sample(peer, setting, task.part(slice(row, row + 1))) for row in range(len(x))]
+        runs = [sample(peer, setting, task.part(slice(row, row + 1)), counted) for row in range(len(x))]
         return torch.cat([end for end, _ in runs]), sum(spent for _, spent in runs) / len(runs)
     field: Any = video.field(family, model, scene, guidance)
     field.batched = peer.fused or family != "wan"
-    with Multiplications() as whole:
-        field(x, ts[0])
-    stack = field.stack(x, ts[0])
-    with Multiplications() as outside:
-        field.head(x, ts[0], stack)
+    counter = Counter(field, x, ts[0]) if counted else None
     loop = Loop(field, family, len(ts) - 1, swapped=peer.fused and guidance != 1)
-    spent = 0.0
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal spent
         loop.begin(x, t)
-        with Multiplications() as now:
-            v = field(x, t)
-        spent += max(0, now.total - outside.total) / (whole.total - outside.total)
-        return v
+        return counter(x, t) if counter else field(x, t)
 
     with as_it_was(model), peer.install(model, loop, setting):
         field.model = loop
-        return integrate(velocity, x, ts, stepper), spent
+        return integrate(velocity, x, ts, stepper), counter.spent if counter else math.nan
+
+
+class Counter:
+    """A field whose calls are counted in full evaluations, of which embeddings and head are free."""
+
+    def __init__(self, field: Any, x: Tensor, t: Tensor):
+        with Multiplications() as whole:
+            field(x, t)
+        stack = field.stack(x, t)
+        with Multiplications() as outside:
+            field.head(x, t, stack)
+        self.field, self.spent = field, 0.0
+        self.free, self.full = outside.total, whole.total - outside.total
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        with Multiplications() as now:
+            v = self.field(x, t)
+        self.spent += max(0, now.total - self.free) / self.full
+        return v
 
 
 @torch.no_grad()
