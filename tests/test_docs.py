@@ -48,7 +48,7 @@ def test_every_host_has_a_page():
     assert all(page.removeprefix("docs/") in overview for page in HOSTS)
 
 
-OTHERS = ("hosts", "diffusers", "theory", "fields", "paper", "paper_reproduced", "peers", "baselines")
+OTHERS = ("hosts", "diffusers", "theory", "fields", "paper", "paper_reproduced", "peers", "baselines", "comparison")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *HOSTS, *(f"docs/{name}.md" for name in OTHERS)])

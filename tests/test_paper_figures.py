@@ -150,7 +150,7 @@ class TinyCase(Case):
         prompt = torch.randn(count, 5, 16, generator=torch.Generator().manual_seed(seed))
         x = torch.randn(count, 4, 2, 8, 8, generator=torch.Generator().manual_seed(seed + 1))
         field = WanField(tiny.wan(), prompt, negative=torch.zeros_like(prompt), guidance=2.0)
-        return Samples(field, x)
+        return Samples(field, x, torch.arange(len(x)))
 
     @property
     def profile(self):

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sencache.cache import Tolerance
-from sencache.checks import check_options, check_payload
+from sencache.checks import check_options
 from sencache.memory import Key
 from sencache.norms import Norm, rms
 from sencache.plugins.diffusers.decide import Options
 from sencache.plugins.diffusers.handle import Handle
 from sencache.plugins.diffusers.hooks import holders
-from sencache.plugins.diffusers.payload import Transformers
 from sencache.profile import SensitivityProfile
 
 __all__ = ["Handle", "disable", "enable"]
@@ -54,7 +53,8 @@ def enable(
     followed.
     """
     check_options(nfe, rtol, tolerance, max_reuses, None, reuse, correct)
-    check_payload(Transformers(), payload, None)
+    if payload not in ("output", "blocks"):
+        raise ValueError(f"In a pipeline `payload` must be output or blocks; got {payload!r}.")
     corrects = reuse != "hold" if correct is None else correct
     if payload == "blocks" and (corrects or rtol is not None):
         raise ValueError(
