@@ -25,7 +25,7 @@ from sencache.discretisation import discretisation
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
-from sencache.schedule import Problem, quadratic, schedules
+from sencache.schedule import HEARD, Problem, quadratic, schedules
 from solvers import Stepper, VelocityField
 
 
@@ -181,13 +181,16 @@ def plan_for(
     others; and the output at the grid's end, which only they ask for, it takes for the last one that was calibrated.
     Where `regime` changes, another network takes over: its first time is evaluated, and nothing is carried across.
     The variable in which outputs are continued is the one in which the plan is expected to do better.
+
+    Where every step adds noise, the search leaves echoes out: the noise moves later outputs more than any debt does.
     """
     times, gain = influence(stepper, ts)
     if nfe is not None and nfe > len(times):
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     answers = regime(times)
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
-    plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol)
+    heard = 0.0 if hasattr(stepper, "noise") else HEARD
+    plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
     if part.any():
         return plan
     return replace(plan, discretisation=discretisation(profile, ts, stepper, times, gain))
@@ -203,6 +206,7 @@ def best_plan(
     correct: bool,
     nfe: int | None,
     rtol: float | None,
+    heard: float = HEARD,
 ) -> Plan:
     """`plan_for` a sampler known by its query times, dx_K / dv_j, the network that answers, each (T,), and its name."""
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
@@ -213,7 +217,7 @@ def best_plan(
         )
     gram = profile.gram_at(times)
     alpha_x = profile.lookup(times.clamp(profile.t.min(), profile.t.max()))[0].nan_to_num(posinf=0.0)
-    problems = [Problem(times, gain, gram, reuse, name, correct, part, alpha_x) for name in ("t", logarithm)]
+    problems = [Problem(times, gain, gram, reuse, name, correct, part, alpha_x, heard) for name in ("t", logarithm)]
     rehearsed = profile.facts.get("rehearsed")
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")

@@ -16,7 +16,7 @@ from torch import Tensor
 from sencache.correct import owed
 from sencache.reuse import REUSES, VARIABLES
 
-HEARD = 0.25  # of echoes, in the search: ||J_x|| is that along the velocity, and across it fields are often less steep
+HEARD = 0.5  # of echoes, in the search: ||J_x|| is that along the velocity, and across it fields are often less steep
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class Problem:
     correct: bool
     part: Tensor | None = None  # (T,) which network answers, counted along the grid; by default one throughout
     alpha_x: Tensor | None = None  # (T,) ||J_x||, how wrong an output is in a wrong state; by default not at all
+    heard: float = HEARD  # what share of echoes the search counts
 
     def __post_init__(self) -> None:
         if self.part is None:
@@ -91,7 +92,7 @@ class Problem:
         with_ref = until.T - by_ref.diagonal()[:, None]  # <A, f_ref>
         with_end = by_end - by_ref[:, ends]  # <A, f_end>
         assert self.alpha_x is not None
-        echo = HEARD * torch.cat([self.alpha_x, self.alpha_x.new_zeros(1)])  # nothing is evaluated at T
+        echo = self.heard * torch.cat([self.alpha_x, self.alpha_x.new_zeros(1)])  # nothing is evaluated at T
         own = torch.cat([self.gain, self.gain.new_zeros(1)]).abs()
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for before in range(-1, size - 1):

@@ -81,7 +81,7 @@ def test_a_budget_is_kept_and_repaid_and_close(sampling, profile):
     unknown = comfy.sampler(lambda *args: comfy.sample_euler(*args))  # a sampler of which nothing is known
     plain = guider(model=patched(bare.model_patcher, nfe=10, profile=profile)).sample(NOISE, unknown, sigmas(sampling))
     fewer = bare.sample(NOISE, EULER, sigmas(sampling)[::2])
-    assert rms(close - full).max() < 0.9 * rms(plain - full).max()
+    assert rms(close - full).max() < 0.75 * rms(plain - full).max()
     assert rms(plain - full).max() < 0.2 * rms(fewer - full).max()
 
 

@@ -143,10 +143,7 @@ def test_no_random_number_is_drawn_and_nothing_is_held_after_the_scope(host):
         host.sample(wrapped)
 
 
-NOISY = ("k-diffusion euler_ancestral",)  # noise in every step: what a line gains there is in docs/hosts.md
-
-
-@pytest.mark.parametrize("host", [h for h in HOSTS if h.name not in ASTRAY + NOISY], ids=str)
+@pytest.mark.parametrize("host", [h for h in HOSTS if h.name not in ASTRAY], ids=str)
 def test_reused_outputs_are_better_continued_than_held(host):
     full = host.sample(host.model)
     line, _ = cached(host, nfe=host.queries // 2, correct=False)
