@@ -1,0 +1,96 @@
+"""What plans gain from counting echoes: what state errors do to later outputs (docs/theory.md, Plans).
+
+    python -m benchmarks.echoes [--samples 64]
+
+Of every field, for 25, 20, 15 and 10 evaluations: the relative error that was made over the one that was expected, and
+PSNR to the full run, medians; once from a profile without sensitivities, whose plans know of no echo, and once with
+them. Calibrated on 8 samples of the calibration seeds; numbers of the reported ones, a quarter as many of videos.
+Prints the table as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import cases
+from benchmarks.metrics import psnr
+from benchmarks.shipped import SEEDS
+from benchmarks.sweep import settings
+from sencache import CachedField, SensitivityProfile, calibrate
+from sencache.norms import rms
+from solvers import Euler, Stepper, grids, integrate
+
+BUDGETS = (25, 20, 15, 10)
+
+
+class Looked(NamedTuple):
+    """A field, its profile and sampler, and the initial states (S, ...) that are reported on."""
+
+    name: str
+    field: Any
+    x: Tensor
+    ts: Tensor
+    stepper: Stepper
+    profile: SensitivityProfile
+    pixels: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def states(samples: int, purpose: str) -> Tensor:
+    """Initial states (samples, 1, 4, 4), float64, of the fields that have a formula."""
+    generator = torch.Generator().manual_seed(SEEDS[purpose])
+    return torch.randn(samples, 1, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def fields(samples: int) -> Iterator[Looked]:
+    """Two with a formula, the mixture, and those that ship."""
+    formulas: dict[str, Any] = {
+        "v = -x": lambda x, t: -x,
+        "v = sin(2 x + 3 t) - x": lambda x, t: torch.sin(2 * x + 3 * t) - x,
+    }
+    for name, field in formulas.items():
+        ts, x = grids.uniform(60), states(samples, "reported")
+        profile = calibrate(field, states(8, "calibration"), ts, progress=False)
+        yield Looked(f"{name}, 60 steps", field, x, ts, Euler(), profile)
+    for setting in settings():
+        if setting.name.startswith("mixture"):
+            ts, stepper = setting.grid(setting.steps), setting.stepper
+            start = setting.start(8, "calibration")
+            profile = calibrate(setting.field(8), start, ts, stepper, progress=False)
+            x = setting.start(samples, "reported")
+            yield Looked(setting.name, setting.field(samples), x, ts, stepper, profile)
+    for name, case in cases().items():
+        field, x, _ = case.samples(samples if name == "sit" else -(-samples // 4), "reported")
+        yield Looked(name, field, x, case.grid(), case.stepper, case.profile, case.pixels)
+
+
+def measured(looked: Looked) -> Iterator[tuple[float, float]]:
+    """Made over expected error and PSNR, medians, for every budget without and then with echoes."""
+    _, field, x, ts, stepper, profile, pixels = looked
+    full = integrate(field, x, ts, stepper)
+    for known in (replace(profile, alpha_x=0 * profile.alpha_x), profile):
+        for nfe in BUDGETS:
+            cached = CachedField(field, known, nfe=nfe)
+            end = cached.integrate(x, ts, stepper)
+            made = (rms(end - full) / rms(full)).median()
+            expected = cached.plan(ts, stepper).relative_error
+            yield float(made) / expected, float(psnr(pixels(end), pixels(full)).median())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64, help="how many to report on (default 64)")
+    samples = parser.parse_args().samples
+    torch.set_grad_enabled(False)
+    print(f"| {' / '.join(map(str, BUDGETS))} evaluations | made / expected, without | with | PSNR, without | with |")
+    print("|---" * 5 + "|")
+    for looked in fields(samples):
+        ratios, quality = zip(*measured(looked), strict=True)
+        cells = [" / ".join(f"{value:.2g}" for value in ratios[part]) for part in (slice(4), slice(4, 8))]
+        cells += [" / ".join(f"{value:.1f}" for value in quality[part]) for part in (slice(4), slice(4, 8))]
+        print(f"| {looked.name} | {' | '.join(cells)} |", flush=True)
