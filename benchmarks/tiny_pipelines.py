@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -60,13 +61,22 @@ def wan(
     return pipe
 
 
-def run_wan(pipe: Any, steps: int = 12, guidance: float = 3.0, seed: int = 0, **options: Any) -> Tensor:
+def latents(
+    pipe: Any, steps: int = 12, guidance: float = 3.0, seed: int = 0, *, size: int, frames: int, **options: Any
+) -> Tensor:
+    """What a pipeline of these makes of two prompts, not decoded, in videos of `frames` frames, `size` pixels wide."""
     generator = torch.Generator().manual_seed(seed)
     given = {"prompt_embeds": prompt(1), "negative_prompt_embeds": prompt(2)} | options
     return pipe(
-        height=16, width=16, num_frames=5, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-        generator=generator, return_dict=False, **given,
+        height=size, width=size, num_frames=frames, num_inference_steps=steps, guidance_scale=guidance,
+        output_type="latent", generator=generator, return_dict=False, **given,
     )[0]  # fmt: skip
+
+
+run_wan = partial(latents, size=16, frames=5)
+run_cogvideox = partial(latents, size=16, frames=9)
+MASK = torch.ones(1, 6)
+run_ltx = partial(latents, size=32, frames=9, prompt_attention_mask=MASK, negative_prompt_attention_mask=MASK)
 
 
 def counted(pipe: Any, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -112,15 +122,6 @@ def cogvideox(scheduler: Any = None, *, image: bool = False, seed: int = 0) -> A
     return pipe
 
 
-def run_cogvideox(pipe: Any, steps: int = 12, guidance: float = 3.0, seed: int = 0, **options: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    given = {"prompt_embeds": prompt(1), "negative_prompt_embeds": prompt(2)} | options
-    return pipe(
-        height=16, width=16, num_frames=9, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-        generator=generator, return_dict=False, **given,
-    )[0]  # fmt: skip
-
-
 def run_image_to_cogvideox(pipe: Any, **options: Any) -> Tensor:
     return run_cogvideox(pipe, image=torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3)), **options)
 
@@ -146,16 +147,6 @@ def ltx(scheduler: Any = None, *, image: bool = False, seed: int = 0) -> Any:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def run_ltx(pipe: Any, steps: int = 12, guidance: float = 3.0, seed: int = 0, **options: Any) -> Tensor:
-    generator, mask = torch.Generator().manual_seed(seed), torch.ones(1, 6)
-    given = {"prompt_embeds": prompt(1), "negative_prompt_embeds": prompt(2)} | options
-    return pipe(
-        height=32, width=32, num_frames=9, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-        prompt_attention_mask=mask, negative_prompt_attention_mask=mask, generator=generator, return_dict=False,
-        **given,
-    )[0]  # fmt: skip
 
 
 def run_image_to_ltx(pipe: Any, **options: Any) -> Tensor:
