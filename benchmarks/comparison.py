@@ -1,10 +1,11 @@
 """Everybody on every field at equal evaluations: the tables that tell whether to adopt this.
 
-    python -m benchmarks.comparison [--quick] [--fields wan ...] [--samples 32] [--choose]
+    python -m benchmarks.comparison [--quick] [--fields wan ...] [--methods ours ...] [--samples 32] [--choose]
 
 The reference of a sample is the same sampler with all 50 evaluations, the truth its ODE solved with 200 steps of UniPC.
 Settings are those of results/settings.json, found on the choosing seeds by `--choose`; numbers are of the reported
-seeds. Writes results/comparison.csv and environment.json, docs/comparison_*.png, and prints the tables as Markdown.
+seeds. Writes results/comparison.csv, in which rows of other fields and methods stay, environment.json and
+docs/comparison_*.png, and prints the tables as Markdown.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,19 @@ def choose(case: Case, count: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def compare(case: Case, count: int, budgets: tuple[int, ...], settings: dict[str, dict[str, Any]]) -> list[Result]:
-    """Every method at every budget that it can be had for, on one case."""
+def compare(
+    case: Case,
+    count: int,
+    budgets: tuple[int, ...],
+    settings: dict[str, dict[str, Any]],
+    names: Sequence[str] | None = None,
+) -> list[Result]:
+    """The methods of these names, by default all, at every budget that they can be had for, on one case."""
     bench = Comparison(case, count, "reported")
     results = [bench.all_steps()]
+    methods = [METHODS[name] for name in names or METHODS if METHODS[name].runs_on(case)]
     for nfe in budgets:
-        for method in tqdm([each for each in METHODS.values() if each.runs_on(case)], desc=f"{case.name} at {nfe}"):
+        for method in tqdm(methods, desc=f"{case.name} at {nfe}"):
             found = settings.get(method.name, {})
             wanted = ["measured"] * bool(method.measure) + [str(nfe)] * bool(method.knob)
             if all(found.get(name) is not None for name in wanted):
@@ -131,7 +139,8 @@ def compare(case: Case, count: int, budgets: tuple[int, ...], settings: dict[str
 
 def tables(results: list[Result]) -> dict[str, list[Row]]:
     """As they are to be read: by how much ours leads, and for every field who came how near to what."""
-    found = {"What ours is above the best other, dB": margins(results)}
+    leads = margins(results)
+    found = {"What ours is above the best other, dB": leads} if leads else {}
     for name in dict.fromkeys(result.field for result in results):
         mine = [result for result in results if result.field == name and result.method != "all-steps"]
         itself = next(result.psnr_true for result in results if result.field == name and result.method == "all-steps")
@@ -157,6 +166,8 @@ def margins(results: list[Result]) -> list[Row]:
     rows = []
     for name, nfe in dict.fromkeys((result.field, result.nfe) for result in results if result.method != "all-steps"):
         mine = {result.method: result for result in results if (result.field, result.nfe) == (name, nfe)}
+        if not mine.keys() >= {"ours", "ours-unipc", "fewer-steps", "fewer-steps-unipc"}:
+            continue  # measured in part
         row = {"field": TITLES[name], "evaluations": str(nfe)}
         for title, others in (("best that holds", HOLD), ("best forecasting peer", FORECAST)):
             best = max((mine[other] for other in others if other in mine), key=lambda r: r.psnr, default=None)
@@ -199,25 +210,27 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
     plt.close(figure)
 
 
-def main(names: list[str], count: int, budgets: tuple[int, ...], choosing: bool, folder: Path) -> None:
+def main(
+    names: list[str], methods: list[str] | None, count: int, budgets: tuple[int, ...], choosing: bool, folder: Path
+) -> None:
     torch.set_grad_enabled(False)
     settings = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
     file = folder / "comparison.csv"
-    others = [result for result in read(file) if result.field not in names] if file.exists() else []
+    results = {result[:3]: result for result in read(file)} if file.exists() else {}
     for name in names:
         case = cases()[name]
         if choosing or name not in settings:
             settings[name] = choose(case, CHOSEN_ON)
             SETTINGS.write_text(json.dumps(settings) + "\n")
-        others += compare(case, count, budgets, settings[name])
-        write(others, file)
+        results |= {result[:3]: result for result in compare(case, count, budgets, settings[name], methods)}
+        write(list(results.values()), file)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     if folder == RESULTS:
-        present(others)
+        present(list(results.values()))
     else:
-        draw(others, "psnr", "PSNR to all 50 evaluations (dB)", folder / "comparison_reference.png")
-        draw(others, "psnr_true", "PSNR to the true ODE (dB)", folder / "comparison_truth.png")
-        for title, rows in tables(others).items():
+        draw(list(results.values()), "psnr", "PSNR to all 50 evaluations (dB)", folder / "comparison_reference.png")
+        draw(list(results.values()), "psnr_true", "PSNR to the true ODE (dB)", folder / "comparison_truth.png")
+        for title, rows in tables(list(results.values())).items():
             print(f"\n{title}:\n\n{markdown(rows)}")
 
 
@@ -231,6 +244,7 @@ def present(results: list[Result]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fields", nargs="+", choices=list(cases()), default=list(cases()), help="by default all")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="by default all")
     parser.add_argument("--samples", type=int, default=16, help="to report on, of each field (default 16)")
     parser.add_argument("--quick", action="store_true", help="4 samples, 25 and 15 evaluations, into build/")
     parser.add_argument("--choose", action="store_true", help="find the settings anew, on the choosing seeds")
@@ -238,4 +252,4 @@ if __name__ == "__main__":
     some, most = (4, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
     out = ROOT / "build/bench" if options.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
-    main(options.fields, some, most, options.choose, out)
+    main(options.fields, options.methods, some, most, options.choose, out)

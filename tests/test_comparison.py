@@ -65,6 +65,22 @@ def test_a_comparison_on_the_sit(monkeypatch):
     assert results["ours"].ssim > results["fewer-steps"].ssim
 
 
+def test_a_method_measured_again_takes_its_old_place_and_leaves_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
+    monkeypatch.setattr(comparison, "stlpips", lambda a, b: torch.zeros(len(a)))
+    old = [
+        comparison.Result(field, method, nfe, nfe, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+        for field in ("wan", "sit")
+        for method, nfe in (("all-steps", 50), ("ours", 20), ("ours", 15), ("uniform", 20))
+    ]
+    write(old, tmp_path / "comparison.csv")
+    comparison.main(["sit"], ["fewer-steps", "ours"], 2, (20,), False, tmp_path)
+    new = read(tmp_path / "comparison.csv")
+    assert [row[:3] for row in new] == [*(row[:3] for row in old), ("sit", "fewer-steps", 20)]
+    again = [row[:3] for row, before in zip(new, old, strict=False) if row != before]
+    assert again == [("sit", "all-steps", 50), ("sit", "ours", 20)]
+
+
 def test_a_setting_that_cannot_keep_the_budget_is_none_and_its_line_is_left_out(monkeypatch):
     """Ten strict steps leave more than ten evaluations."""
     monkeypatch.setattr(comparison, "METHODS", {"sencache-paper": METHODS["sencache-paper"]})
