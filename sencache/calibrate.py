@@ -115,13 +115,16 @@ def _measure(
     norm: Norm | None,
     bar: tqdm,
 ) -> tuple[Tensor, ...]:
-    """alpha_x (G, K), alpha_t (G, K), the Gram matrix (G, K, K) and the final size (G,) of a group of G samples."""
+    """alpha_x (G, K), alpha_t (G, K), the Gram matrix (G, T, T) and the final size (G,) of a group of G samples.
+
+    T is K, or K + 1 of a stepper that asks at the grid's end too.
+    """
     data, memory = x, None
     alpha_x, alpha_t, outputs = [], [], []
     for t, t_next in pairwise(ts):
         if path is not None and noise is not None:
             x, memory = path.sample(data, noise, t), None
-        first = _First(field)
+        first = _Step(field)
         dx, memory = stepper.advance(first, x, t, t_next, memory)
         y, dt = first.output, (t_next - t).abs().item()
         if norm is None:
@@ -133,10 +136,12 @@ def _measure(
         outputs.append(y.reshape(len(y), -1).double().cpu())
         x = x + dx
         bar.update(len(x))
+    if first.last_t == ts[-1]:
+        outputs.append(first.last.reshape(len(x), -1).double().cpu())
     size = rms(x).double().cpu()
     secants = [torch.stack(alpha, 1).cpu() for alpha in (alpha_x, alpha_t)]
     unmeasured = [alpha.masked_fill(~alpha.isfinite(), torch.nan) for alpha in secants]  # dx = 0 says nothing
-    y = torch.stack(outputs, 1)  # (G, K, d)
+    y = torch.stack(outputs, 1)  # (G, T, d)
     return unmeasured[0], unmeasured[1], y @ y.mT / y.shape[2], size
 
 
@@ -145,18 +150,21 @@ def _profile(done: list[tuple[Tensor, ...]], ts: Tensor, facts: dict) -> Sensiti
     return SensitivityProfile(ts[:-1], x.nanmean(0), t.nanmean(0), x, t, gram, size, ts[-1].double().cpu(), facts=facts)
 
 
-class _First:
-    """A field that keeps its first output: the sampler's own f(x, t), however many stages a step has."""
+class _Step:
+    """A field that keeps its first output, the sampler's own f(x, t) however many stages a step has, and its last."""
 
     output: Tensor
+    last: Tensor
+    last_t: Tensor
 
     def __init__(self, field: VelocityField):
         self.field = field
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         v = self.field(x, t)
+        self.last, self.last_t = v.clone(), t
         if not hasattr(self, "output"):
-            self.output = v.clone()
+            self.output = self.last
         return v
 
 

@@ -178,7 +178,8 @@ def plan_for(
     """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest that meets `rtol`.
 
     Of the several outputs that Heun and its like ask for at one time, a plan evaluates the first and reuses it for the
-    others; and the output at the grid's end, which only they ask for, it takes for the last one that was calibrated.
+    others. The output at the grid's end, which only they ask for, is the last calibrated one where calibration was not
+    of such a stepper.
     Where `regime` changes, another network takes over: its first time is evaluated, and nothing is carried across.
     The variable in which outputs are continued is the one in which the plan is expected to do better.
 

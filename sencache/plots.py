@@ -95,7 +95,7 @@ def draw_nodes(axes: Axes, plans: Sequence[Plan]) -> None:
 def draw_outputs(axes: Axes, profile: SensitivityProfile) -> None:
     """How far the output at each time is from that at each other, relative to their size: mean over the samples."""
     assert profile.gram is not None
-    gram = profile.gram.mean(0)
+    gram = profile.gram.mean(0)[: len(profile.t), : len(profile.t)]
     size = gram.diagonal()
     apart = (size[:, None] + size - 2 * gram).clamp(min=0).sqrt() / ((size[:, None] + size) / 2).sqrt()
     image, shown = axes.imshow(apart.numpy(), cmap="viridis", vmin=0), _some(profile.t)

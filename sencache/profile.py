@@ -41,7 +41,7 @@ class SensitivityProfile:
     alpha_t: Tensor  # (M,)
     samples_x: Tensor | None = None  # (S, M) alpha_x of each sample
     samples_t: Tensor | None = None  # (S, M)
-    gram: Tensor | None = None  # (S, M, M) float64, <f_i, f_j> / d between a sample's outputs along its trajectory
+    gram: Tensor | None = None  # (S, T, T) float64, <f_i, f_j> / d of a sample's outputs: at t, and at `end` if asked
     size: Tensor | None = None  # (S,) RMS of each sample's final state
     end: Tensor | None = None  # () the time at which that is
     budgets: Tensor | None = None  # (R,) int64, rising: the evaluations of the plans that were rehearsed
@@ -80,10 +80,11 @@ class SensitivityProfile:
             raise ValueError(
                 "This profile has no Gram matrix, which plans are made from; measure one with `calibrate`."
             )
-        order, low, high = self.t.argsort(), self.t.min(), self.t.max()
-        spline = make_interp_spline(self.t[order].numpy(), np.eye(len(order)), k=min(3, len(order) - 1))
+        known = self.t if self.gram.shape[-1] == len(self.t) else self.grid
+        order, low, high = known.argsort(), known.min(), known.max()
+        spline = make_interp_spline(known[order].numpy(), np.eye(len(order)), k=min(3, len(order) - 1))
         weights = torch.from_numpy(spline(t.clamp(low, high).numpy()))[:, order.argsort()]
-        nearest = (t[:, None] - self.t).abs()
+        nearest = (t[:, None] - known).abs()
         exact = nearest.min(1).values <= 1e-6 * (high - low)
         weights[exact] = torch.eye(len(order), dtype=torch.float64)[nearest.argmin(1)[exact]]
         return weights @ self.gram @ weights.T

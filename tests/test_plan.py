@@ -285,7 +285,7 @@ def free_field(batch=4, size=6, seed=0):
 X = torch.randn(4, 6, generator=seeded(7), dtype=torch.float64)
 TS = grids.uniform(12, 0.95, 0.05)
 ENDED = {
-    **{name: stepper for name, stepper in STEPPERS.items() if name != "Heun"},
+    **STEPPERS,  # of which Heun asks at the grid's end too
     "Euler-Maruyama": EulerMaruyama(Linear(), BrownianPath(X, TS, seeded(2))),
     "midpoint": TorchDiffEq("midpoint"),
 }
@@ -300,30 +300,6 @@ def test_the_error_of_a_sample_is_the_one_that_was_expected(method, n, reuse, co
     cached = CachedField(field, profile, nfe=n, reuse=reuse, correct=correct)
     actual = rms(cached.integrate(X, TS, stepper) - integrate(field, X, TS, stepper))
     torch.testing.assert_close(actual, cached.plan(TS, stepper).error, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 8, 11])
-@WAY
-def test_the_error_of_heuns_is_the_one_that_was_expected_too(n, reuse, correct):
-    """Its last query is at the grid's end: what the Gram matrix says of it must be so."""
-    ts, field = grids.uniform(12, 0.95, 0.0), free_field()
-    flat = ts[-2]
-    steady = lambda x, t: field(x, max(torch.as_tensor(t), flat))  # noqa: E731, the last output is the one before
-    profile = calibrate(steady, X, ts, Heun(), progress=False)
-    cached = CachedField(steady, profile, nfe=n, reuse=reuse, correct=correct)
-    actual = rms(cached.integrate(X, ts, Heun()) - integrate(steady, X, ts, Heun()))
-    torch.testing.assert_close(actual, cached.plan(ts, Heun()).error, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.xfail(strict=True, reason="calibration stops short of the grid's end, where Heun asks once more")
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_the_error_at_heuns_last_query_is_known(n):
-    """The end of the grid is a query of Heun's, and outputs go on changing up to there."""
-    field = free_field()
-    profile = calibrate(field, X, TS, Heun(), progress=False)
-    cached = CachedField(field, profile, nfe=n)
-    actual = rms(cached.integrate(X, TS, Heun()) - integrate(field, X, TS, Heun()))
-    torch.testing.assert_close(actual, cached.plan(TS, Heun()).error, rtol=0.1, atol=1e-8)
 
 
 @pytest.mark.parametrize("n", [6, 9])
@@ -366,11 +342,11 @@ def test_errors_are_not_expected_to_cancel_where_outputs_are_all_alike(field, n)
 # budgets
 
 
-@pytest.mark.parametrize("method", [*(name for name in ENDED if name != "midpoint"), "Heun"])
+@pytest.mark.parametrize("method", [name for name in ENDED if name != "midpoint"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_budget_is_spent_exactly(method, dtype):
     flow, ts = GaussianFlow(Linear()), TS.to(dtype)
-    stepper = Heun() if method == "Heun" else ENDED[method]
+    stepper = ENDED[method]
     profile = calibrate(flow, X, ts, stepper, progress=False)
     size = len(query_times(Heun() if method == "Heun" else Euler(), ts))
     for n in range(1, size + 1):
@@ -392,7 +368,7 @@ def test_a_budget_is_spent_exactly_on_grids_of_tiny_last_steps(end):
         assert cached.report.evaluations.tolist() == [n] * 4
 
 
-@pytest.mark.parametrize("method", [name for name in ENDED if name != "midpoint"])
+@pytest.mark.parametrize("method", [name for name in ENDED if name not in ("midpoint", "Heun")])
 def test_a_budget_for_everything_is_the_bare_run_to_the_bit(method):
     flow, stepper = GaussianFlow(Linear()), ENDED[method]
     profile = calibrate(flow, X, TS, stepper, progress=False)
