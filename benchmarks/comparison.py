@@ -1,6 +1,7 @@
 """Everybody on every field at equal evaluations: the tables that tell whether to adopt this.
 
     python -m benchmarks.comparison [--quick] [--fields wan ...] [--methods ours ...] [--samples 32] [--choose]
+    python -m benchmarks.comparison --seconds    # nothing but those, of what is in the results
 
 The reference of a sample is the same sampler with all 50 evaluations, the truth its ODE solved with 200 steps of UniPC.
 Settings are those of results/settings.json, found on the choosing seeds by `--choose`; numbers are of the reported
@@ -15,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from benchmarks.written import TITLES, Row, markdown, publish
 from solvers import UniPC, integrate
 
 BUDGETS = (25, 20, 15, 10)
+OURS = ("ours", "ours-unipc", "ours-fine")  # calibrated, with all that we know
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SETTINGS = RESULTS / "settings.json"
@@ -137,6 +140,22 @@ def compare(
     return results
 
 
+def timed(case: Case, results: list[Result], settings: dict[str, dict[str, Any]]) -> list[Result]:
+    """The same lines with their seconds taken again, one method alone after the other: the lesser of two runs each."""
+    first = case.samples(1, "reported")
+    found = []
+    for result in tqdm(results, desc=f"seconds on {case.name}"):
+        run: Callable[[], Any]
+        if result.method == "all-steps":
+            run = partial(integrate, *first[:2], case.grid(), case.stepper)
+        else:
+            mine = settings.get(result.method, {})
+            how = result.nfe, mine.get(str(result.nfe)), mine.get("measured")
+            run = partial(METHODS[result.method].timed, case, first, *how)
+        found.append(result._replace(seconds=min(seconds(run), seconds(run))))
+    return found
+
+
 def tables(results: list[Result]) -> dict[str, list[Row]]:
     """As they are to be read: by how much ours leads, and for every field who came how near to what."""
     leads = margins(results)
@@ -166,7 +185,7 @@ def margins(results: list[Result]) -> list[Row]:
     rows = []
     for name, nfe in dict.fromkeys((result.field, result.nfe) for result in results if result.method != "all-steps"):
         mine = {result.method: result for result in results if (result.field, result.nfe) == (name, nfe)}
-        if not mine.keys() >= {"ours", "ours-unipc", "fewer-steps", "fewer-steps-unipc"}:
+        if not mine.keys() >= {"ours", "fewer-steps", "fewer-steps-unipc"}:
             continue  # measured in part
         row = {"field": TITLES[name], "evaluations": str(nfe)}
         for title, others in (("best that holds", HOLD), ("best forecasting peer", FORECAST)):
@@ -174,7 +193,7 @@ def margins(results: list[Result]) -> list[Row]:
             row[title] = f"{mine['ours'].psnr - best.psnr:+.1f} ({best.method})" if best else "-"
         free = max(mine["fewer-steps"].psnr, mine["fewer-steps-unipc"].psnr)
         row["fewer steps"] = f"{mine['ours'].psnr - free:+.1f}"
-        best_true = max(mine["ours"].psnr_true, mine["ours-unipc"].psnr_true)
+        best_true = max(line.psnr_true for method, line in mine.items() if method in OURS)
         row["to the true ODE, best free solver"] = f"{best_true - mine['fewer-steps-unipc'].psnr_true:+.1f}"
         rows.append(row)
     return rows
@@ -184,7 +203,9 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
     """Error against evaluations (above) and seconds (below), a field a column, a curve a method."""
     fields = list(dict.fromkeys(result.field for result in results))
     methods = [name for name in dict.fromkeys(result.method for result in results) if name != "all-steps"]
-    colours = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(methods)}
+    others = [name for name in methods if not name.startswith("ours")]
+    colours: dict[str, Any] = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(others)}
+    colours |= dict(zip((*OURS, "ours-uncalibrated"), ("black", "royalblue", "crimson", "0.5"), strict=True))
     figure, axes = plt.subplots(2, len(fields), figsize=(4 * len(fields), 7.5), layout="constrained", squeeze=False)
     for column, field in enumerate(fields):
         for row, cost in enumerate(("evaluations", "seconds")):
@@ -211,14 +232,26 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
 
 
 def main(
-    names: list[str], methods: list[str] | None, count: int, budgets: tuple[int, ...], choosing: bool, folder: Path
+    names: list[str],
+    methods: list[str] | None,
+    count: int,
+    budgets: tuple[int, ...],
+    choosing: bool,
+    folder: Path,
+    again: bool = False,
 ) -> None:
+    """again: only the seconds of lines that are there."""
     torch.set_grad_enabled(False)
     settings = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
     file = folder / "comparison.csv"
     results = {result[:3]: result for result in read(file)} if file.exists() else {}
     for name in names:
         case = cases()[name]
+        if again:
+            lines = [result for result in results.values() if result.field == name]
+            results |= {result[:3]: result for result in timed(case, lines, settings[name])}
+            write(list(results.values()), file)
+            continue
         if choosing or name not in settings:
             settings[name] = choose(case, CHOSEN_ON)
             SETTINGS.write_text(json.dumps(settings) + "\n")
@@ -247,9 +280,10 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="by default all")
     parser.add_argument("--samples", type=int, default=16, help="to report on, of each field (default 16)")
     parser.add_argument("--quick", action="store_true", help="4 samples, 25 and 15 evaluations, into build/")
+    parser.add_argument("--seconds", action="store_true", help="only time what was measured again; nothing else runs")
     parser.add_argument("--choose", action="store_true", help="find the settings anew, on the choosing seeds")
     options = parser.parse_args()
     some, most = (4, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
     out = ROOT / "build/bench" if options.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
-    main(options.fields, options.methods, some, most, options.choose, out)
+    main(options.fields, options.methods, some, most, options.choose, out, options.seconds)

@@ -91,6 +91,9 @@ if __name__ == "__main__":
     print("|---" * 5 + "|")
     for looked in fields(samples):
         ratios, quality = zip(*measured(looked), strict=True)
-        cells = [" / ".join(f"{value:.2g}" for value in ratios[part]) for part in (slice(4), slice(4, 8))]
+        cells = [
+            " / ".join(f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in ratios[part])
+            for part in (slice(4), slice(4, 8))
+        ]
         cells += [" / ".join(f"{value:.1f}" for value in quality[part]) for part in (slice(4), slice(4, 8))]
         print(f"| {looked.name} | {' | '.join(cells)} |", flush=True)

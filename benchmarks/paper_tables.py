@@ -7,17 +7,20 @@ both on Wan. TeaCache, MagCache and SenCache hold what the blocks add to the tok
 SenCache is strict in the first fifth of the steps; beside them SenCache on outputs, as the paper writes it, ours, and
 fewer steps of the same sampler. Calibrated on 8 samples of the calibration seeds, thresholds found on 8 of the choosing
 ones, numbers of the reported. Videos are compared decoded, with those of all 50 evaluations.
-Writes benchmarks/results/paper_table_*.csv and the tables of docs/paper_reproduced.md, which it prints too.
+Writes benchmarks/results/paper_table_*.csv, docs/paper_tables.png of all of them, and the tables of
+docs/paper_reproduced.md, which it prints too.
 Shapes: B samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +28,7 @@ from benchmarks.cases import Case
 from benchmarks.metrics import psnr, ssim, stlpips
 from benchmarks.paper_figures import available
 from benchmarks.recorded import recorded, tolerance_for
-from benchmarks.written import Row, publish, standard_error, write
+from benchmarks.written import BLUE, ROOT, TITLES, Row, plt, publish, save, standard_error, write
 from sencache import CachedField
 from sencache.baselines import MagCache, TeaCache, magnitude_ratios, teacache_coefficients
 from sencache.tolerance import strict_start
@@ -157,6 +160,49 @@ def shown(rows: list[Row], *facts: str) -> list[Row]:
 LESS = "PSNR less SenCache's"
 
 
+def draw() -> None:
+    """What the three files hold, PSNR +- 2 SE: methods by field, n, and tolerances."""
+    one, two, three = (read(f"paper_table_{number}") for number in (1, 2, 3))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", width_ratios=(2, 1, 1))
+    places = list(dict.fromkeys((row["field"], row["wanted"]) for row in one))
+    methods = list(dict.fromkeys(row["method"] for row in one))
+    for number, method in enumerate(methods):
+        mine = [row for row in one if row["method"] == method]
+        at = [places.index((row["field"], row["wanted"])) + 0.12 * (number - len(methods) / 2 + 0.5) for row in mine]
+        bars(axes[0], at, mine, label=method, color=plt.get_cmap("tab10")(number), ls="")
+    axes[0].set_xticks(range(len(places)), [f"{TITLES[field]}, {wanted} of 50" for field, wanted in places])
+    axes[0].set_ylabel("PSNR to all 50 evaluations (dB)")
+    axes[0].set_title("Table 1")
+    axes[0].legend(fontsize=9, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.62))
+    for axis, rows, name, title in (
+        (axes[1], two, "n", "Table 2: SenCache on Wan"),
+        (axes[2], three, "the paper's", "Table 3: n = 3"),
+    ):
+        bars(axis, [float(row["NFE"]) for row in rows], rows, color=BLUE)
+        same = {row["NFE"]: [other[name] for other in rows if other["NFE"] == row["NFE"]] for row in rows}
+        for row in rows:
+            first, *rest = same[row["NFE"]]
+            text = f"{'n' if name == 'n' else 'ε'} = {first}" + (f" to {rest[-1]}" if rest else "")
+            axis.annotate(
+                text, (float(row["NFE"]), float(row["PSNR"])), (8, -12), textcoords="offset points", fontsize=9
+            )
+        axis.set_xlabel("evaluations of 50")
+        axis.margins(x=0.2)
+        axis.set_title(title)
+    save(figure, "Tables 1 to 3 of the paper, on the fields of video: mean ± 2 SE", "paper_tables")
+
+
+def bars(axis: Axes, at: list[float], rows: list[Row], **style: Any) -> None:
+    near, error = ([float(row[name]) for row in rows] for name in ("PSNR", "PSNR SE"))
+    axis.errorbar(at, near, [2 * each for each in error], marker="o", ms=5, capsize=3, **style)
+
+
+def read(name: str) -> list[Row]:
+    """The rows of benchmarks/results/`name`.csv, in strings."""
+    with (ROOT / f"benchmarks/results/{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def main(tables: list[str], fields: list[str], samples: int) -> None:
     torch.set_grad_enabled(False)
     one: list[Row] = []
@@ -178,6 +224,7 @@ def main(tables: list[str], fields: list[str], samples: int) -> None:
                 write("paper_table_3", rows)
                 table = shown(rows, "the paper's", "tolerance")
                 publish("paper_table_3", {f"Table 3, n = 3, {samples} videos": table})
+    draw()
 
 
 if __name__ == "__main__":
