@@ -81,6 +81,17 @@ def test_a_method_measured_again_takes_its_old_place_and_leaves_the_others(monke
     assert again == [("sit", "all-steps", 50), ("sit", "ours", 20)]
 
 
+def test_seconds_are_taken_again_alone_and_nothing_else_changes(tmp_path):
+    old = [comparison.Result("sit", name, 12, 12, 50.0, 45.0, 0.1, 0.9, 0.01, 40.0, 1e6) for name in ("ours", "lemica")]
+    old.append(old[0]._replace(method="all-steps", nfe=50))
+    settings = {
+        "lemica": {"measured": comparison.json.loads(comparison.SETTINGS.read_text())["sit"]["lemica"]["measured"]}
+    }
+    new = comparison.timed(SIT, old, settings)
+    assert [line._replace(seconds=1e6) for line in new] == old
+    assert all(0 < line.seconds < 100 for line in new)
+
+
 def test_a_setting_that_cannot_keep_the_budget_is_none_and_its_line_is_left_out(monkeypatch):
     """Ten strict steps leave more than ten evaluations."""
     monkeypatch.setattr(comparison, "METHODS", {"sencache-paper": METHODS["sencache-paper"]})
