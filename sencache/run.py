@@ -239,6 +239,6 @@ def check_direction(direction: int, step: Tensor) -> None:
     if (step * direction < 0).any():
         ways = {1: "rising", -1: "falling"}
         raise ValueError(
-            f"The profile was measured with t {ways[direction]}, and here t is {ways[-direction]}: another time "
-            "convention, in which its sensitivities belong to other times. Calibrate in this one."
+            f"The profile, plan or criterion was measured with t {ways[direction]}, and here t is {ways[-direction]}: "
+            "another time convention, in which what it knows belongs to other times. Calibrate in this one."
         )
