@@ -1,6 +1,6 @@
 """What is left of the saving on the clock: E = (1 - T / T_0) / (1 - NFE / N), of the loop alone and end to end.
 
-    python -m benchmarks.wall_clock [--cases wan] [--samples 4] [--repeats 5]
+    python -m benchmarks.wall_clock [--cases wan] [--samples 2 8] [--repeats 5]
 
 T_0 is the time of the bare sampler with its N evaluations, T that of the cached one with NFE; E = 1 would be a cache
 that costs nothing. The loop is the integration; end to end also loads the profile, plans and decodes. Bare and cached
@@ -113,9 +113,9 @@ def clock(case: Case, count: int, repeats: int) -> list[Clocked]:
     return rows
 
 
-def main(names: list[str], count: int, repeats: int) -> None:
+def main(names: list[str], counts: list[int], repeats: int) -> None:
     torch.set_grad_enabled(False)
-    rows = [row for name in names for row in clock(cases()[name], count, repeats)]
+    rows = [row for name in names for count in counts for row in clock(cases()[name], count, repeats)]
     with FILE.open("w", newline="") as file:
         csv.writer(file).writerows([Clocked._fields, *rows])
     table = [
@@ -138,7 +138,7 @@ def main(names: list[str], count: int, repeats: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(cases()), default=["wan"], help="by default wan")
-    parser.add_argument("--samples", type=int, default=4, help="in one batch (default 4)")
+    parser.add_argument("--samples", nargs="+", type=int, default=[2, 8], help="in one batch (default 2, and then 8)")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median is taken (default 5)")
     options = parser.parse_args()
     main(options.cases, options.samples, options.repeats)
