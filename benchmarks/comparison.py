@@ -232,46 +232,44 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
 
 
 def main(
-    names: list[str],
-    methods: list[str] | None,
-    count: int,
-    budgets: tuple[int, ...],
-    choosing: bool,
-    folder: Path,
-    again: bool = False,
+    names: list[str], methods: list[str] | None, count: int, budgets: tuple[int, ...], choosing: bool, folder: Path
 ) -> None:
-    """again: only the seconds of lines that are there."""
-    torch.set_grad_enabled(False)
+    """Measure, field by field, and write what there is after each."""
     settings = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
-    file = folder / "comparison.csv"
-    results = {result[:3]: result for result in read(file)} if file.exists() else {}
     for name in names:
         case = cases()[name]
-        if again:
-            lines = [result for result in results.values() if result.field == name]
-            results |= {result[:3]: result for result in timed(case, lines, settings[name])}
-            write(list(results.values()), file)
-            continue
         if choosing or name not in settings:
             settings[name] = choose(case, CHOSEN_ON)
             SETTINGS.write_text(json.dumps(settings) + "\n")
-        results |= {result[:3]: result for result in compare(case, count, budgets, settings[name], methods)}
-        write(list(results.values()), file)
+        merge(compare(case, count, budgets, settings[name], methods), folder)
+
+
+def again(names: list[str], folder: Path) -> None:
+    """Take the seconds anew of all lines of these fields."""
+    settings = json.loads(SETTINGS.read_text())
+    for name in names:
+        lines = [line for line in read(folder / "comparison.csv") if line.field == name]
+        merge(timed(cases()[name], lines, settings[name]), folder)
+
+
+def merge(lines: list[Result], folder: Path) -> None:
+    """Write these lines, each in the place of the old one of its field, method and budget, or else behind them all."""
+    file = folder / "comparison.csv"
+    old = read(file) if file.exists() else []
+    write(list({line[:3]: line for line in [*old, *lines]}.values()), file)
+
+
+def present(folder: Path) -> None:
+    """Machine, pictures and tables of what was measured: in docs/ if that is of the results that ship."""
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    results, pictures = read(folder / "comparison.csv"), ROOT / "docs" if folder == RESULTS else folder
+    draw(results, "psnr", "PSNR to all 50 evaluations (dB)", pictures / "comparison_reference.png")
+    draw(results, "psnr_true", "PSNR to the true ODE (dB)", pictures / "comparison_truth.png")
     if folder == RESULTS:
-        present(list(results.values()))
+        publish("comparison", tables(results), ROOT / "docs/comparison.md")
     else:
-        draw(list(results.values()), "psnr", "PSNR to all 50 evaluations (dB)", folder / "comparison_reference.png")
-        draw(list(results.values()), "psnr_true", "PSNR to the true ODE (dB)", folder / "comparison_truth.png")
-        for title, rows in tables(list(results.values())).items():
+        for title, rows in tables(results).items():
             print(f"\n{title}:\n\n{markdown(rows)}")
-
-
-def present(results: list[Result]) -> None:
-    """Pictures and tables of what was measured."""
-    draw(results, "psnr", "PSNR to all 50 evaluations (dB)", ROOT / "docs/comparison_reference.png")
-    draw(results, "psnr_true", "PSNR to the true ODE (dB)", ROOT / "docs/comparison_truth.png")
-    publish("comparison", tables(results), ROOT / "docs/comparison.md")
 
 
 if __name__ == "__main__":
@@ -286,4 +284,9 @@ if __name__ == "__main__":
     some, most = (4, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
     out = ROOT / "build/bench" if options.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
-    main(options.fields, options.methods, some, most, options.choose, out, options.seconds)
+    torch.set_grad_enabled(False)
+    if options.seconds:
+        again(options.fields, out)
+    else:
+        main(options.fields, options.methods, some, most, options.choose, out)
+    present(out)

@@ -79,15 +79,19 @@ def test_a_method_measured_again_takes_its_old_place_and_leaves_the_others(monke
     assert [row[:3] for row in new] == [*(row[:3] for row in old), ("sit", "fewer-steps", 20)]
     again = [row[:3] for row, before in zip(new, old, strict=False) if row != before]
     assert again == [("sit", "all-steps", 50), ("sit", "ours", 20)]
+    comparison.present(tmp_path)
+    made = {file.name for file in tmp_path.iterdir()}
+    assert made == {"comparison.csv", "environment.json", "comparison_reference.png", "comparison_truth.png"}
 
 
 def test_seconds_are_taken_again_alone_and_nothing_else_changes(tmp_path):
     old = [comparison.Result("sit", name, 12, 12, 50.0, 45.0, 0.1, 0.9, 0.01, 40.0, 1e6) for name in ("ours", "lemica")]
     old.append(old[0]._replace(method="all-steps", nfe=50))
-    settings = {
-        "lemica": {"measured": comparison.json.loads(comparison.SETTINGS.read_text())["sit"]["lemica"]["measured"]}
-    }
-    new = comparison.timed(SIT, old, settings)
+    other = old[0]._replace(field="wan")
+    write([*old, other], tmp_path / "comparison.csv")
+    comparison.again(["sit"], tmp_path)
+    *new, untouched = read(tmp_path / "comparison.csv")
+    assert untouched == other
     assert [line._replace(seconds=1e6) for line in new] == old
     assert all(0 < line.seconds < 100 for line in new)
 

@@ -302,6 +302,20 @@ def test_the_error_of_a_sample_is_the_one_that_was_expected(method, n, reuse, co
     torch.testing.assert_close(actual, cached.plan(TS, stepper).error, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 11])
+@WAY
+@pytest.mark.parametrize("calibrated", [Heun(), Euler()], ids=str)
+def test_the_error_of_heuns_is_the_one_that_was_expected_down_to_zero(n, reuse, correct, calibrated):
+    """Of the output at the end Euler says nothing: then it is taken for the last one, which here it is."""
+    ts, field = grids.uniform(12, 0.95, 0.0), free_field()
+    flat = ts[-2]
+    steady = lambda x, t: field(x, max(torch.as_tensor(t), flat))  # noqa: E731, the last output is the one before
+    profile = calibrate(steady, X, ts, calibrated, progress=False)
+    cached = CachedField(steady, profile, nfe=n, reuse=reuse, correct=correct)
+    actual = rms(cached.integrate(X, ts, Heun()) - integrate(steady, X, ts, Heun()))
+    torch.testing.assert_close(actual, cached.plan(ts, Heun()).error, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("n", [6, 9])
 @WAY
 def test_an_output_wrong_in_a_wrong_state_is_expected_to_be(n, reuse, correct):
