@@ -193,12 +193,17 @@ def copy(tree: Any) -> Any:
 
 
 def take(rows: Tensor, tree: Any) -> Any:
-    """The samples `rows` (B,) bool of every tensor."""
-    return replace(tree, [part[rows.to(part.device)] for part in tensors(tree)])
+    """The samples `rows` (B,) bool of every tensor; if these are all, the tree itself."""
+    if rows.all():
+        return tree
+    at = rows.nonzero()[:, 0]
+    return replace(tree, [part.index_select(0, at.to(part.device)) for part in tensors(tree)])
 
 
 def merge(rows: Tensor, new: Any, old: Any) -> Any:
     """A copy of `old` with its samples `rows` (B,) bool replaced, in order, by the tensors of `new`."""
+    if rows.all():
+        return copy(new)
     at = rows.nonzero()[:, 0]
     pairs = zip(tensors(old), tensors(new), strict=True)
     return replace(old, [was.index_copy(0, at.to(was.device), part.detach()) for was, part in pairs])

@@ -28,6 +28,8 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in `tree`, depth first."""
+    if isinstance(tree, Tensor):  # as it nearly always is
+        return [tree]
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
