@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from sencache.memory import spread
 from sencache.norms import difference
@@ -245,12 +244,15 @@ def _each(sums: Sums, change: Callable[[Tensor], Tensor]) -> Sums:
 
 def _in_gap(sums: Tensor, gap: Tensor, gaps: int) -> Tensor:
     """Sums (B, n) as those of `gap` (B,) among several: (B, gaps, n), zero elsewhere."""
-    return torch.where(one_hot(gap, gaps).bool().to(sums.device)[:, :, None], sums[:, None], 0.0)
+    here = gap[:, None] == torch.arange(gaps)
+    return torch.where(here.to(sums.device)[:, :, None], sums[:, None], 0.0)
 
 
 def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) -> Any:
     """Dx and history with what each owes for the gap that a query closed, of the samples where it closed one."""
     closed = note.closes & ~note.anew
+    if not closed.any():
+        return states
 
     def one(part: Tensor, m: Tensor, e: Tensor | None) -> Tensor:
         if m.ndim < 2:  # a step's length

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sencache.memory import Look
-from sencache.plan import Plan, node_between
+from sencache.plan import Plan, Stops
 from sencache.profile import SensitivityProfile
 from sencache.reuse import Variable
 
@@ -43,9 +44,9 @@ class Planned:
 
     def predicted(self, seen: Look) -> Tensor:
         expected, difference = self.plan.predicted(seen.t_ref, seen.t)
-        own = (seen.difference / difference).sqrt()
-        own = torch.where(own.isfinite() & (own > 0), own, 1.0)
-        return torch.where(seen.distance.isfinite(), expected * own, torch.inf)
+        own = (seen.difference / difference).sqrt().nan_to_num(1.0, posinf=1.0)
+        own = own.masked_fill(own == 0, 1.0)
+        return (expected * own).where(seen.distance < torch.inf, torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +61,12 @@ class Scheduled:
         return 1 if self.times[-1] > self.times[0] else -1
 
     def predicted(self, seen: Look) -> Tensor:
-        come = node_between(self.times, self.nodes, seen.t_ref, seen.t)
-        return torch.zeros_like(seen.t).masked_fill(come | ~seen.distance.isfinite(), torch.inf)
+        reuse = ~self.stops.between(seen.t_ref, seen.t) & (seen.distance < torch.inf)
+        return torch.zeros_like(seen.t).where(reuse, torch.inf)
+
+    @cached_property
+    def stops(self) -> Stops:
+        return Stops(self.times, self.nodes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.norms import Norm, difference
+from sencache.norms import Norm, difference, rms
 from sencache.report import Query
 from sencache.trees import leaves, replace, tensors
 
@@ -70,19 +70,20 @@ class Branch:
         self.open = []
 
     def look(self, x: Any, clock: Tensor, norm: Norm, regime: Regime) -> Look:
-        """Compare a query with the memory, at the price of one transfer from the device."""
+        """Compare a query with the memory, at the price of one transfer from the device, or two if t is asked again."""
         if self.y is None or _kind(x) != _kind(self.x) or clock.shape != self.t.shape:  # another trajectory
             return self._begin(clock)
-        parts = zip(tensors(x), tensors(self.last_x), strict=True)
-        unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts]).all(0)
-        distance = apart(x, self.x, norm)
-        distance = torch.where(self.finite, distance, torch.inf)
-        distance, difference, still = torch.stack([distance, self.difference, unmoved.double()]).cpu()
+        distance = torch.where(self.finite, apart(x, self.x, norm), torch.inf)
+        distance, difference = torch.stack([distance, self.difference]).cpu()
 
         t, t_ref, t_before = _most(clock - self.t, clock, self.t, self.t_before)
         now, last = _most(clock - self.last_t, clock, self.last_t)
         step, since = (now - last).sign(), (now - last).abs()
-        same = (still == 1) & (clock == self.last_t).all(1) & distance.isfinite()
+        same = (clock == self.last_t).all(1) & (distance < torch.inf)
+        if same.any():
+            parts = zip(tensors(x), tensors(self.last_x), strict=True)
+            unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts])
+            same &= unmoved.all(0).cpu()
         anew, elapsed = step * self.direction < 0, (t - t_ref).abs()
         other = (regime(clock) != regime(self.t)).any(1) & ~anew
         known = (self.x, self.y), self.noted
@@ -103,7 +104,7 @@ class Branch:
 
         What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none.
         """
-        finite = torch.stack([part.isfinite().reshape(len(part), -1).all(1) for part in tensors(y)]).all(0)
+        finite = torch.stack([rms(part) for part in tensors(y)]).amax(0) < torch.inf
         if self.y is None:
             self.x, self.y, self.stack, self.t, self.finite = copy(x), copy(y), copy(stack), clock, finite
             self.y_before, self.stack_before, self.t_before = self.y, self.stack, torch.full_like(clock, torch.nan)
@@ -226,6 +227,8 @@ def apart(a: Any, b: Any, norm: Norm) -> Tensor:
 
 def _most(moved: Tensor, *clocks: Tensor) -> list[Tensor]:
     """The reading (B,) of each clock at the token that moved most."""
+    if moved.shape[1] == 1:
+        return [clock[:, 0] for clock in clocks]
     token = moved.abs().argmax(1, keepdim=True)
     return [clock.gather(1, token)[:, 0] for clock in clocks]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -45,7 +46,7 @@ class Plan:
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
-    @property
+    @cached_property
     def direction(self) -> int:
         """The sign of dt along the grid."""
         return 1 if self.times[-1] > self.times[0] else -1
@@ -55,18 +56,28 @@ class Plan:
 
         And the difference (B,) of the two evaluations before it that goes with this expectation.
         """
-        nearest = (self.times[None] - t[:, None]).abs().argmin(1)
-        come = node_between(self.times, self.nodes, t_ref, t)
-        return torch.where(come, torch.inf, self.change[nearest]), self.difference[nearest]
+        nearest = (self.times - t[:, None]).abs().argmin(1)
+        come = self.stops.between(t_ref, t)
+        return self.change[nearest].masked_fill(come, torch.inf), self.difference[nearest]
+
+    @cached_property
+    def stops(self) -> Stops:
+        return Stops(self.times, self.nodes)
 
 
-def node_between(times: Tensor, nodes: Tensor, t_ref: Tensor, t: Tensor) -> Tensor:
-    """Whether one of the times (T,) at `nodes` (N,) has come since t_ref (B,), or t (B,) is not among them at all."""
-    direction = 1 if times[-1] > times[0] else -1
-    slack = times.diff().abs().min() / 2 if len(times) > 1 else 0.0
-    at_nodes = times[nodes] * direction
-    passed, before = (torch.searchsorted(at_nodes, at * direction + slack, right=True) for at in (t, t_ref))
-    return (passed > before) | (t < times.min() - slack) | (t > times.max() + slack)
+class Stops:
+    """The nodes (N,) among the query times (T,) of a grid, as something that a sampler comes to."""
+
+    def __init__(self, times: Tensor, nodes: Tensor):
+        self.direction = 1 if times[-1] > times[0] else -1
+        slack = float(times.diff().abs().min() / 2) if len(times) > 1 else 0.0
+        self.earliest, self.latest = float(times.min()) - slack, float(times.max()) + slack
+        self.come = times[nodes] * self.direction - slack  # rising
+
+    def between(self, t_ref: Tensor, t: Tensor) -> Tensor:
+        """Whether one of them has come since t_ref (B,), or t (B,) is not on the grid at all."""
+        passed, before = torch.searchsorted(self.come, torch.stack([t, t_ref]) * self.direction, right=True)
+        return (passed > before) | (t < self.earliest) | (t > self.latest)
 
 
 def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:

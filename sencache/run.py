@@ -86,6 +86,7 @@ class Run:
     def __init__(self, field: Any, rule: Rule, key: Key | None):
         self.field, self.rule, self.report = field, rule, Report()
         self.branches = Branches(key)
+        self.watcher = rule.criterion if isinstance(rule.criterion, Watching) else None
         self.ledger: Ledger | None = None  # for a correction: where each query enters what it did
         self.sampler: tuple[Any, ...] = ()  # what is known of who asks, to begin anew with
 
@@ -93,26 +94,27 @@ class Run:
         """The field's output at (x, t), of each sample evaluated or from memory."""
         if _recorded((x, args, kwargs)):
             return self.bypass(self.field(x, t, *args, **kwargs), x, t)
-        rule, clock, branch = self.rule, clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
+        rule, watcher = self.rule, self.watcher
+        clock, branch = clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
         seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
         check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
-        watcher = rule.criterion if isinstance(rule.criterion, Watching) else None
         if watcher:
             seen = seen._replace(now=watcher.watch(x, t, *args, **kwargs))
 
         predicted, epsilon = rule.criterion.predicted(seen), rule.epsilon(seen.t)  # S, Eq. 9
         spent = rule.spent(predicted, seen)
-        small = (spent <= epsilon) & spent.isfinite() & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
+        small = (spent <= epsilon) & (spent < math.inf) & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
         anew = seen.anew | seen.other  # nothing known is of any use
         reused = small & (branch.reuses < rule.max_reuses) & ~anew & ~seen.same  # Alg. 1: S <= eps and m < n
         needed = computed = ~(reused | seen.same)
 
-        s, s_ref, s_before = (rule.variable(at) for at in (seen.t, seen.t_ref, seen.t_before))
-        s_before = s_before.where(seen.difference.isfinite(), torch.nan)  # no line through what is not finite
+        before = seen.t_before.where(seen.difference < math.inf, math.nan)  # no line through what is not finite
+        nodes = rule.variable(torch.stack([seen.t, seen.t_ref, before], 1))
+        s, s_ref, s_before = nodes.unbind(1)
         phi = rule.phi(s, s_ref, s_before).masked_fill(needed, 0)
         y, earlier = None, (branch.y, branch.y_before)  # y_r, y_2
-        nodes, owes = torch.stack([s, s_ref, s_before], 1), offset(s - s_ref, phi) * ~needed[:, None]
+        owes = offset(s - s_ref, phi) * ~needed[:, None]
         if needed.any():
             # Alg. 1: y = f(x, t)
             (y, stack), computed = _evaluate(self.field, rule.payload, needed, x, t, args, kwargs)
