@@ -4,7 +4,8 @@
 
 `rehearse` on 64 samples of the calibration seeds, everything else on the reported ones. Prints, as Markdown: what
 rehearsal found; for each `rtol` the evaluations spent, the share of samples at or under it and the median of achieved
-over asked; for each budget how the predicted error of a reuse compares with the true one, evaluated for the purpose.
+over asked; for each budget how far the errors of samples spread, and whether a sample could have known of its own; and
+how the predicted error of a reuse compares with the true one, evaluated for the purpose.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 from benchmarks.metrics import relative_error
-from benchmarks.shipped import GRID, noise, sit_field, sit_profile
+from benchmarks.shipped import GRID, STEPS, noise, sit_field, sit_profile
 from sencache import CachedField, SensitivityProfile, rehearse, rms
 from solvers import integrate
 
@@ -47,6 +49,18 @@ def predictions(profile: SensitivityProfile, nfe: int, images: int) -> str:
     return f"| {nfe} | {ratios[0]:.2f} | {rank:.2f} | {decisions:.1%} | {wholes:.1%} | {ratios[1]:.2f} |"
 
 
+def spread(profile: SensitivityProfile, nfe: int, x: Tensor, full: Tensor) -> str:
+    """One line: final errors in the worst decile over the median, and their rank correlation with what reuses showed.
+
+    That is the sum of step times observed error, by the end of the run and by the middle of it.
+    """
+    cached = CachedField(sit_field(len(x)), profile, nfe=nfe)
+    error = relative_error(cached.integrate(x, GRID), full).double()
+    shown = torch.stack([query.observed for query in cached.report.trace], 1).nan_to_num(0.0) * GRID.diff().abs()
+    ranks = [spearmanr(error, shown[:, :upto].sum(1)).statistic for upto in (STEPS, STEPS // 2)]
+    return f"| {nfe} | {error.quantile(0.9) / error.median():.2f} | {ranks[0]:.2f} | {ranks[1]:.2f} |"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="how many samples to report on (default 256)")
@@ -66,6 +80,10 @@ if __name__ == "__main__":
         error = relative_error(cached.integrate(x, GRID), full)
         spent, kept = int(cached.report.evaluations.max()), (error <= rtol).double().mean()
         print(f"| {rtol} | {spent} | {kept:.0%} | {error.median() / rtol:.2f} |", flush=True)
+    print("\n| evaluations | worst decile / median | rank correlation with own reuses | with those of the first half |")
+    print("|---|---|---|---|")
+    for nfe in (25, 20, 15, 10):
+        print(spread(profile, nfe, x, full), flush=True)
     print(
         "\n| evaluations | predicted / true, median | rank correlation | reuses within their 95 % bound | "
         "trajectories wholly within their 90 % bound | observed / true, median |\n|---|---|---|---|---|---|"

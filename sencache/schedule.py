@@ -16,7 +16,7 @@ from torch import Tensor
 from sencache.correct import owed
 from sencache.reuse import REUSES, VARIABLES
 
-HEARD = 0.5  # of echoes, in the search: ||J_x|| is that along the velocity, and across it fields are often less steep
+HEARD = 0.5  # of echoes, in the search, which knows only a part of what they weigh; docs/theory.md has measured shares
 
 
 @dataclass(frozen=True, eq=False)

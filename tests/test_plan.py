@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import echoes
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
 from sencache.plan import expectation, influence, sampler_name
 from sencache.schedule import HEARD, Problem, quadratic, schedules
@@ -314,6 +315,15 @@ def test_the_error_of_heuns_is_the_one_that_was_expected_down_to_zero(n, reuse, 
     cached = CachedField(steady, profile, nfe=n, reuse=reuse, correct=correct)
     actual = rms(cached.integrate(X, ts, Heun()) - integrate(steady, X, ts, Heun()))
     torch.testing.assert_close(actual, cached.plan(ts, Heun()).error, rtol=1e-5, atol=1e-8)
+
+
+def test_an_echo_is_measured_as_what_the_field_makes_of_a_debt():
+    """v = -x turns a debt round, and has ||J_x|| = 1."""
+    sizes, cosines = echoes.angles(next(echoes.fields(4)), nfe=12)
+    assert sizes.shape == cosines.shape == (len(sizes), 4)
+    assert len(sizes) >= 8
+    torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=1e-6, atol=0)
+    torch.testing.assert_close(cosines, -torch.ones_like(sizes), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("n", [6, 9])
