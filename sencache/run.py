@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -68,6 +69,11 @@ class Rule:
     #                          "difference": of output and state, added to the state
     gains: Gains | None = None  # with them epsilon bounds what reuses since the last evaluation did to the sample
 
+    @cached_property
+    def watcher(self) -> Watching | None:
+        """The criterion, if it is one that watches."""
+        return self.criterion if isinstance(self.criterion, Watching) else None
+
     def spent(self, change: Tensor, seen: Look) -> Tensor:
         """What a reuse now is measured by (B,), beside the tolerance: its change, or the sum of gain times change."""
         return change if self.gains is None else seen.spent + self.gains.at(seen) * change
@@ -86,7 +92,6 @@ class Run:
     def __init__(self, field: Any, rule: Rule, key: Key | None):
         self.field, self.rule, self.report = field, rule, Report()
         self.branches = Branches(key)
-        self.watcher = rule.criterion if isinstance(rule.criterion, Watching) else None
         self.ledger: Ledger | None = None  # for a correction: where each query enters what it did
         self.sampler: tuple[Any, ...] = ()  # what is known of who asks, to begin anew with
 
@@ -94,7 +99,7 @@ class Run:
         """The field's output at (x, t), of each sample evaluated or from memory."""
         if _recorded((x, args, kwargs)):
             return self.bypass(self.field(x, t, *args, **kwargs), x, t)
-        rule, watcher = self.rule, self.watcher
+        rule, watcher = self.rule, self.rule.watcher
         clock, branch = clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
         seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
