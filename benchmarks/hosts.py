@@ -174,6 +174,8 @@ CASES = [
     Case("k-diffusion `sample_dpmpp_2m`", by_k_diffusion("dpmpp_2m", "dpmpp_2m")),
     Case("k-diffusion `sample_heun`", by_k_diffusion("heun", "heun"), stages=2),
     Case("k-diffusion `sample_dpmpp_2m_sde`", by_k_diffusion("dpmpp_2m_sde", None), noisy=True),
+    Case("k-diffusion `sample_dpmpp_2s_ancestral`", by_k_diffusion("dpmpp_2s_ancestral", None), stages=2, noisy=True),
+    Case("k-diffusion `sample_dpmpp_sde`", by_k_diffusion("dpmpp_sde", None), stages=2, noisy=True),
     Case("torchdiffeq `midpoint`", by_torchdiffeq("midpoint"), stages=2),
     Case("torchdiffeq `rk4`", by_torchdiffeq("rk4"), stages=4),
     Case("torchsde `euler`", by_torchsde, folds=True, noisy=True),
