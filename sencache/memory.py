@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.norms import Norm, difference, rms
+from sencache.norms import Norm, difference
 from sencache.report import Query
 from sencache.trees import leaves, replace, tensors
 
@@ -104,7 +104,8 @@ class Branch:
 
         What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none.
         """
-        finite = torch.stack([rms(part) for part in tensors(y)]).amax(0) < torch.inf
+        # 0 times what is not finite is NaN: a tenth of what isfinite takes
+        finite = torch.stack([(part * 0).reshape(len(part), -1).sum(1) == 0 for part in tensors(y)]).all(0)
         if self.y is None:
             self.x, self.y, self.stack, self.t, self.finite = copy(x), copy(y), copy(stack), clock, finite
             self.y_before, self.stack_before, self.t_before = self.y, self.stack, torch.full_like(clock, torch.nan)
@@ -198,13 +199,13 @@ def take(rows: Tensor, tree: Any) -> Any:
     if rows.all():
         return tree
     at = rows.nonzero()[:, 0]
-    return replace(tree, [part.index_select(0, at.to(part.device)) for part in tensors(tree)])
+    return replace(tree, [part[at.to(part.device)] for part in tensors(tree)])
 
 
 def merge(rows: Tensor, new: Any, old: Any) -> Any:
     """A copy of `old` with its samples `rows` (B,) bool replaced, in order, by the tensors of `new`."""
-    if rows.all():
-        return copy(new)
+    if rows.all() and _kind(new) == _kind(old):
+        return replace(old, [part.detach().clone() for part in tensors(new)])
     at = rows.nonzero()[:, 0]
     pairs = zip(tensors(old), tensors(new), strict=True)
     return replace(old, [was.index_copy(0, at.to(was.device), part.detach()) for was, part in pairs])

@@ -70,13 +70,14 @@ class Stops:
 
     def __init__(self, times: Tensor, nodes: Tensor):
         self.direction = 1 if times[-1] > times[0] else -1
-        slack = float(times.diff().abs().min() / 2) if len(times) > 1 else 0.0
-        self.earliest, self.latest = float(times.min()) - slack, float(times.max()) + slack
-        self.come = times[nodes] * self.direction - slack  # rising
+        self.slack = float(times.diff().abs().min() / 2) if len(times) > 1 else 0.0
+        self.earliest, self.latest = float(times.min()) - self.slack, float(times.max()) + self.slack
+        self.nodes = times[nodes] * self.direction  # rising
 
     def between(self, t_ref: Tensor, t: Tensor) -> Tensor:
         """Whether one of them has come since t_ref (B,), or t (B,) is not on the grid at all."""
-        passed, before = torch.searchsorted(self.come, torch.stack([t, t_ref]) * self.direction, right=True)
+        now = torch.stack([t, t_ref]) * self.direction + self.slack
+        passed, before = torch.searchsorted(self.nodes, now, right=True)
         return (passed > before) | (t < self.earliest) | (t > self.latest)
 
 

@@ -109,7 +109,7 @@ class Run:
 
         predicted, epsilon = rule.criterion.predicted(seen), rule.epsilon(seen.t)  # S, Eq. 9
         spent = rule.spent(predicted, seen)
-        small = (spent <= epsilon) & (spent < math.inf) & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
+        small = (spent <= epsilon) & (spent.abs() < math.inf) & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
         anew = seen.anew | seen.other  # nothing known is of any use
         reused = small & (branch.reuses < rule.max_reuses) & ~anew & ~seen.same  # Alg. 1: S <= eps and m < n
         needed = computed = ~(reused | seen.same)
