@@ -58,7 +58,7 @@ class Scheduled:
 
     @property
     def direction(self) -> int:
-        return 1 if self.times[-1] > self.times[0] else -1
+        return self.stops.direction
 
     def predicted(self, seen: Look) -> Tensor:
         reuse = ~self.stops.between(seen.t_ref, seen.t) & (seen.distance < torch.inf)

@@ -46,10 +46,10 @@ class Plan:
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
-    @cached_property
+    @property
     def direction(self) -> int:
         """The sign of dt along the grid."""
-        return 1 if self.times[-1] > self.times[0] else -1
+        return self.stops.direction
 
     def predicted(self, t_ref: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The expected error (B,) of a reuse at t of what was evaluated at t_ref, infinite if a node lies between.
@@ -72,12 +72,12 @@ class Stops:
         self.direction = 1 if times[-1] > times[0] else -1
         self.slack = float(times.diff().abs().min() / 2) if len(times) > 1 else 0.0
         self.earliest, self.latest = float(times.min()) - self.slack, float(times.max()) + self.slack
-        self.nodes = times[nodes] * self.direction  # rising
+        self.due = times[nodes] * self.direction  # rising
 
     def between(self, t_ref: Tensor, t: Tensor) -> Tensor:
         """Whether one of them has come since t_ref (B,), or t (B,) is not on the grid at all."""
         now = torch.stack([t, t_ref]) * self.direction + self.slack
-        passed, before = torch.searchsorted(self.nodes, now, right=True)
+        passed, before = torch.searchsorted(self.due, now, right=True)
         return (passed > before) | (t < self.earliest) | (t > self.latest)
 
 

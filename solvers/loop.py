@@ -86,7 +86,7 @@ def contract(field: VelocityField) -> VelocityField:
             raise TypeError(
                 f"The field must return a velocity like x, {tuple(x.shape)} {x.dtype}; got {came} at t = {float(t):g}."
             )
-        if (v * 0).sum() != 0:  # NaN, if any is not finite: a tenth of what isfinite takes
+        if (v * 0).sum() != 0:  # NaN, if any is not finite; quicker than isfinite
             rows = (~v.isfinite()).flatten(1).any(1) if v.ndim > 1 else ~v.isfinite()
             raise FloatingPointError(
                 f"The field returned NaN or infinity at t = {float(t):g} in samples {rows.nonzero()[:, 0].tolist()}. "

@@ -178,6 +178,35 @@ def test_half_precision_norms_neither_overflow_nor_vanish(dtype):
         torch.testing.assert_close(rms(x).double(), x.double().flatten(1).square().mean(1).sqrt(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("output", [torch.full((2, 64), 3e38), torch.full((2,), 3e38), torch.zeros(2, 0)])
+def test_large_and_empty_outputs_are_reused_like_any(output):
+    """Squares of theirs overflow, and means over nothing are NaN: neither says that an output is not finite."""
+    field, x = cached(lambda x, t: (output.clone(), x), tolerance=1e9, max_reuses=99), torch.ones(2, 4)
+    for t in TS:
+        assert torch.equal(field(x, t)[0], output)
+    assert [query.reused.all().item() for query in field.report.trace] == [False] + (len(TS) - 1) * [True]
+
+
+def test_some_samples_keep_the_memory_format_of_all():
+    """A field that views its rows as channels last must be able to."""
+    x, seen = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), []
+
+    class Splits:
+        def __call__(self, x, t):
+            seen.append((len(x), x.is_contiguous(memory_format=torch.channels_last)))
+            return x
+
+        def select(self, rows):
+            return self
+
+    field = cached(Splits(), tolerance=1e9, max_reuses=99)
+    field(x, 1.0)
+    moved = x.clone(memory_format=torch.preserve_format)
+    moved[1] = torch.nan  # of one sample nothing is known
+    field(moved, 0.9)
+    assert seen == [(4, True), (1, True)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_changes_are_predicted_as_in_float64(dtype):
     profile = SensitivityProfile(TS, torch.ones(11), torch.zeros(11))

@@ -119,6 +119,13 @@ def test_an_infinite_velocity_names_its_time_and_its_samples(stepper, shape, bad
     refuses(FloatingPointError, lambda: integrate(field, torch.ones(shape, dtype=F64), TS, stepper), *words)
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 6e4)])
+def test_a_large_velocity_is_a_finite_one(dtype, large):
+    x = torch.zeros(4, 6, dtype=dtype)
+    end = integrate(lambda x, t: torch.full_like(x, large), x, torch.tensor([1.0, 0.5], dtype=dtype))
+    torch.testing.assert_close(end, torch.full_like(x, -large / 2))
+
+
 def test_the_steps_before_an_error_are_kept():
     steps, done = trajectory(lambda x, t: x / (t > 0.3), X, TS), []
     with pytest.raises(FloatingPointError, match=r"at t = 0\.25 in samples \[0, 1, 2, 3\]"):
