@@ -93,7 +93,7 @@ def numbered(axis: Axes, ticks: Sequence[float]) -> None:
     low, high = axis.get_ylim()
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(low, high)
+    axis.set_ylim(low, high, auto=True)  # the other columns share it, and may need more
 
 
 def publish_terms(rows: list[Row]) -> None:
