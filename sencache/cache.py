@@ -55,6 +55,7 @@ class CachedField:
         and adds up those since the last evaluation, so that a tolerance means the same on every grid.
 
     reuse: what a reuse returns: "linear" continues the line through the last two evaluations, "hold" is the last one.
+        Where `nfe` leaves only gaps too long for lines to be stable in, a plan may hold, and then nothing is repaid.
     payload: what it is that is continued: the "output", or by "blocks" what a transformer's blocks add to its tokens,
         as the authors' code does. Then embeddings and head run at every query, on the true x and t, which is not
         counted as an evaluation; and the field needs `stack(x, t)` and `head(x, t, stack)`, of which
@@ -122,7 +123,7 @@ class CachedField:
     def following(self, ts: Tensor, stepper: Stepper = EULER) -> Iterator[tuple[Run, Stepper]]:
         """A run over ts (K + 1,), and the stepper to carry it along there, which corrects state and history itself."""
         with self._scope(ts, stepper) as run:
-            if self.correct:
+            if self._repays(ts, stepper):
                 run.ledger = notes = Notes()
                 stepper = Repaying(stepper, notes)
             yield run, stepper
@@ -181,14 +182,20 @@ class CachedField:
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
         run = Run(self.field, self._rule(ts, stepper), self.key)
         run.sampler = ts, stepper, fold
-        if self.tolerance is None and self.criterion is None:
+        if self._planned():
             plan = self.plan(ts, stepper)
             run.report.expected, run.report.promised = plan.relative_error, plan.promised
             run.report.discretisation = plan.discretisation
-        if fold and self.correct and ts is not None:
+        if fold and ts is not None and self._repays(ts, stepper):
             run.ledger = Folding(stepper, ts)
         self._thread.run, self._thread.report = run, run.report
         return run
+
+    def _planned(self) -> bool:
+        return self.tolerance is None and self.criterion is None
+
+    def _repays(self, ts: Tensor, stepper: Stepper) -> bool:
+        return self.correct and (not self._planned() or self.plan(ts, stepper).correct)
 
     def _rule(self, ts: Tensor | None, stepper: Stepper) -> Rule:
         criterion, n, variable = self._criterion(ts, stepper)
@@ -197,7 +204,7 @@ class CachedField:
         gains = None
         if self.unit == "sample" and self.tolerance is not None:
             gains = Gains() if ts is None else Gains(*charges(stepper, ts))
-        phi = REUSES[self.reuse]
+        phi = REUSES[criterion.plan.reuse if isinstance(criterion, Planned) else self.reuse]
         return Rule(criterion, everywhere, n, phi, VARIABLES[variable], self.norm, self.payload, gains)
 
     def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:

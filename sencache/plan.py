@@ -7,7 +7,8 @@ It falls apart into one term a gap, which depends on the gap's two ends and, whe
 evaluation before: a shortest path over pairs of evaluations finds the best schedule.
 
 What an error in the state does to the next output is known by its size only, ||J_x|| times the error (Eq. 11), and is
-added as if it were independent of the rest; without sensitivities it is left out.
+added as if it were independent of the rest; without sensitivities it is left out. Gaps so long that errors would grow
+from one to the next are avoided, and where the budget leaves no others, the error expected is large.
 
 Shapes: T query times of the grid; S calibration samples; gram (S, T, T); N evaluations.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
@@ -26,7 +27,7 @@ from sencache.discretisation import discretisation
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
-from sencache.schedule import HEARD, Problem, quadratic, schedules
+from sencache.schedule import HEARD, Problem, integrated, quadratic, schedules
 from solvers import Stepper, VelocityField
 
 
@@ -43,6 +44,7 @@ class Plan:
     difference: Tensor  # (T,) expected RMS difference of the last two evaluations before each output; NaN without two
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
+    stable: bool = True  # whether errors do not grow from gap to gap, as far as ||J_x|| tells
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
@@ -128,10 +130,15 @@ def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
     end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
     total = problem.residual(before, nodes, end).sum(0, keepdim=True)
     echo = _echoes(problem, before, nodes, end, total[0])
-    error = torch.stack([quadratic(total, gram)[0] + quadratic(echo, gram).sum() for gram in problem.gram]).sqrt()
+    unstable = problem.unstable()[nodes, end].sum()
+    squares = [
+        quadratic(total, gram)[0] + quadratic(echo, gram).sum() + unstable * integrated(problem, gram)
+        for gram in problem.gram
+    ]
+    error = torch.stack(squares).sqrt()
     relative = float(error.median() / size)
     kind = problem.reuse, problem.variable, problem.correct
-    return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, relative)
+    return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, relative, not bool(unstable))
 
 
 def _echoes(problem: Problem, before: Tensor, nodes: Tensor, end: Tensor, total: Tensor) -> Tensor:
@@ -196,8 +203,17 @@ def plan_for(
     The variable in which outputs are continued is the one in which the plan is expected to do better.
 
     Where every step adds noise, the search leaves echoes out: the noise moves later outputs more than any debt does.
+    Where all plans have unstable gaps, outputs are held and nothing is repaid if that is expected to do better: so long
+    gaps bear no more.
     """
     times, gain = influence(stepper, ts)
+    unknown = times[~profile.near(times)]
+    if len(unknown):
+        raise ValueError(
+            f"The profile was measured from t = {profile.t[0]:g} to {profile.t[-1]:g}, and {len(unknown)} outputs of "
+            f"this grid are asked for outside of that, such as at {unknown[0]:g}, of which a plan would know nothing. "
+            "Calibrate on this grid; or give `tolerance`, under which what is not known is evaluated."
+        )
     if nfe is not None and nfe > len(times):
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     answers = regime(times)
@@ -241,9 +257,15 @@ def best_plan(
     found = [schedules(problem, most) for problem in problems]
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
 
+    held = replace(problems[0], reuse="hold", correct=False)  # what bears the longest gaps
+    held_found = cache(lambda: schedules(held, most))
+
     def best(nodes: list[Tensor]) -> Plan:
+        n = len(nodes[0])
         plans = [expectation(problem, each, size) for problem, each in zip(problems, nodes, strict=True)]
-        plan, n = min(plans, key=lambda plan: float(plan.error.median())), len(nodes[0])
+        if not any(plan.stable for plan in plans):
+            plans.append(expectation(held, held_found()[n - 1], size))
+        plan = min(plans, key=lambda plan: float(plan.error.median()))
         if not known:
             return plan
         promised = plan.relative_error * profile.factor(n) if n < len(times) else 0.0

@@ -3,7 +3,8 @@
 What a gap between two evaluations leaves in the final state depends on its two ends and, where outputs are continued,
 on the evaluation before; `plan.py` says what it is made of. Until the evaluation at its end repays it, the state owes
 what was left, and in that state the output there is off by about ||J_x|| times as much: an echo, of which the direction
-is not known, so that its square is added. Shapes: T query times of the grid; S calibration samples.
+is not known, so that its square is added. Over gaps too long for that, echoes grow from gap to gap without end.
+Shapes: T query times of the grid; S calibration samples.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from sencache.correct import owed
 from sencache.reuse import REUSES, VARIABLES
 
 HEARD = 0.5  # of echoes, in the search, which knows only a part of what they weigh; docs/theory.md has measured shares
+
+# The longest gaps, in units of 1 / ||J_x||: nine tenths of where dx/dt = -||J_x|| x is no longer damped when lines are
+# continued (Adams-Bashforth of order 2: 1) or outputs held (Euler: 2). Repaid lines bear .54 on that equation, and more
+# on trained fields, where echoes have no direction.
+STABLE = {"linear": 0.9, "hold": 1.8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +79,22 @@ class Problem:
                 left[rows, node] -= share
         return left
 
+    def unstable(self) -> Tensor:
+        """What gaps ref -> end beyond `STABLE` are taken to cost, (T, T + 1), in squares of all that is integrated.
+
+        The square of how far they go beyond, at the reference's ||J_x||.
+        """
+        assert self.alpha_x is not None
+        j, ends = torch.arange(len(self.times)), torch.arange(len(self.times) + 1)
+        length = (self.times[ends.clamp(max=len(j) - 1)] - self.times[:, None]).abs()
+        beyond = (self.alpha_x[:, None] * length - STABLE[self.reuse]).clamp(min=0)
+        return beyond.square() * (ends > j[:, None] + 1)
+
     def costs(self) -> Tensor:
         """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`.
 
-        With the echo of the gap in the output at its end, as far as that output weighs in repaying it and in its step.
+        With the echo of the gap in the output at its end, as far as that output weighs in repaying it and in its step,
+        and with what an unstable gap is taken to cost.
 
         What `residual` leaves is A = sum_j c_j f_j over the gap and three outputs, so its square needs no vector of T
         weights: the products of A with outputs and with itself are differences of running sums of G.
@@ -94,6 +112,7 @@ class Problem:
         assert self.alpha_x is not None
         echo = self.heard * torch.cat([self.alpha_x, self.alpha_x.new_zeros(1)])  # nothing is evaluated at T
         own = torch.cat([self.gain, self.gain.new_zeros(1)]).abs()
+        unstable = self.unstable() * integrated(self, mean)
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for before in range(-1, size - 1):
             ref = j[before + 1 :] if before >= 0 else j[:1]
@@ -115,7 +134,7 @@ class Problem:
                 within[ref] + 2 * (each * products).sum(-1) + torch.einsum("...i,...ij,...j", each, among, each)
                 for each in (parts, parts - repaid)
             )
-            form = form.clamp(min=0) + (echo * (repaid[..., 0].abs() + own)) ** 2 * debt.clamp(min=0)
+            form = form.clamp(min=0) + unstable[ref] + (echo * (repaid[..., 0].abs() + own)) ** 2 * debt.clamp(min=0)
             end = torch.arange(size + 1)
             real = (end > ref[:, None]) & self.together(end - 1, ref[:, None])
             cost[before, ref] = torch.where(real, form, torch.inf)
@@ -147,6 +166,11 @@ def schedules(problem: Problem, most: int) -> list[Tensor]:
             nodes, end = [int(choice[nodes[0], end]), *nodes], nodes[0]
         found.append(torch.tensor(nodes))
     return found
+
+
+def integrated(problem: Problem, gram: Tensor) -> Tensor:
+    """The square, (), of all that a sample of this Gram matrix (T, T) is moved by, as if it all went one way."""
+    return problem.gain.abs().sum() ** 2 * gram.diagonal().mean()
 
 
 def quadratic(weights: Tensor, gram: Tensor) -> Tensor:

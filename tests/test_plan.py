@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import echoes
+from benchmarks.cases import cases
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
+from sencache.criteria import Scheduled
 from sencache.plan import expectation, influence, sampler_name
-from sencache.schedule import HEARD, Problem, quadratic, schedules
+from sencache.schedule import HEARD, STABLE, Problem, quadratic, schedules
 from solvers import (
     BrownianPath,
     DPMSolverPP,
@@ -195,7 +197,7 @@ def test_no_schedule_of_its_length_costs_less(method, kind, variable, reuse, cor
 def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct):
     ts = grid()
     _, outputs, _ = oracle("smooth", Euler(), ts, "t")
-    still, alpha_x = posed(Euler(), ts, outputs, reuse, correct), torch.linspace(1, 4, 10, dtype=torch.float64)
+    still, alpha_x = posed(Euler(), ts, outputs, reuse, correct), torch.linspace(0.3, 1.1, 10, dtype=torch.float64)
     size, felt = len(still.times), replace(still, alpha_x=alpha_x)
     every = [(b, r, e) for b in range(size) for r in range(b + 1, size) for e in range(r + 1, size)]
     before, ref, end = torch.tensor(every).T
@@ -207,6 +209,93 @@ def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct):
         felt.costs()[before, ref, end], still.costs()[before, ref, end] + echo, rtol=1e-8, atol=1e-13
     )
     assert torch.equal(felt.costs()[..., size], still.costs()[..., size])  # after the last evaluation none is wrong
+
+
+@WAY
+def test_a_gap_beyond_what_is_stable_costs_what_it_goes_beyond(reuse, correct, monkeypatch):
+    ts, alpha_x = grid(), torch.linspace(5, 20, 10, dtype=torch.float64)
+    _, outputs, _ = oracle("smooth", Euler(), ts, "t")
+    problem = replace(posed(Euler(), ts, outputs, reuse, correct), alpha_x=alpha_x)
+    cost, size, times = problem.costs(), len(problem.times), problem.times.tolist()
+    limit = STABLE[reuse]
+    monkeypatch.setitem(STABLE, reuse, math.inf)
+    gentle = problem.costs()
+    scale = float(problem.gain.abs().sum() ** 2 * problem.gram.diagonal(dim1=1, dim2=2).mean())
+    for ref, end in combinations(range(size + 1), 2):
+        if ref == size or (ref == 0 and end == 0):
+            continue
+        length = float(alpha_x[ref]) * abs(times[min(end, size - 1)] - times[ref])
+        beyond = max(0.0, length - limit) if end > ref + 1 else 0.0
+        more = (cost - gentle)[range(ref) if ref else [-1], ref, end]
+        torch.testing.assert_close(more, torch.full_like(more, scale * beyond**2), rtol=1e-6, atol=1e-9)
+    nodes = torch.tensor([0, 5])
+    monkeypatch.setitem(STABLE, reuse, limit)
+    stiff = plan(problem, nodes)
+    monkeypatch.setitem(STABLE, reuse, math.inf)
+    assert not stiff.stable
+    assert plan(problem, nodes).stable
+    assert (stiff.error > plan(problem, nodes).error).all()
+
+
+@pytest.mark.parametrize(("reuse", "most"), [("linear", 1.0), ("hold", 2.0)])
+def test_gaps_are_stable_up_to_where_adams_bashforth_is(reuse, most):
+    """On dx/dt = x downward in time, a decay, in thirty gaps of forty small steps each."""
+    assert STABLE[reuse] == pytest.approx(0.9 * most)
+    for length, damped in ((0.93 * most, True), (1.07 * most, False)):
+        ts = torch.linspace(30 * length, 0, 30 * 40 + 1, dtype=torch.float64)
+        evaluated = Scheduled(ts[:-1], torch.arange(0, len(ts) - 1, 40))
+        cached = CachedField(lambda x, t: x, criterion=evaluated, reuse=reuse, correct=False)
+        end = cached.integrate(torch.ones(1, 1, dtype=torch.float64), ts).abs()
+        assert (end < 0.2) if damped else (end > 2)
+
+
+@pytest.mark.parametrize(("rate", "nfe"), [(10.0, 15), (10.0, 10), (20.0, 15), (20.0, 20), (20.0, 25), (30.0, 20)])
+def test_on_a_stiff_field_it_is_no_worse_than_fewer_steps_and_says_what_it_is(rate, nfe):
+    def stiff(x, t):
+        return rate * (x - torch.cos(5 * t))
+
+    x, ts = torch.randn(40, 4, generator=seeded(3), dtype=torch.float64), grids.uniform(50)
+    profile = calibrate(stiff, x[:8], ts, progress=False)
+    cached = CachedField(stiff, profile, nfe=nfe)
+    full = integrate(stiff, x[8:], ts)
+    fewer, ours = integrate(stiff, x[8:], grids.uniform(nfe)), cached.integrate(x[8:], ts)
+    made = (rms(ours - full) / rms(full)).median()
+    assert made < 2 * (rms(fewer - full) / rms(full)).median()
+    assert made < 1.5 * cached.report.expected
+    assert (cached.report.evaluations == nfe).all()
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_plans_of_trained_fields_have_no_unstable_gaps(name):
+    case = cases()[name]
+    for nfe in (5, 10, 25):
+        plan = CachedField(free_field(), case.profile, nfe=nfe).plan(case.grid(), case.stepper)
+        assert plan.stable
+        assert (plan.reuse, plan.correct) == ("linear", True)
+
+
+def test_a_plan_with_room_for_short_gaps_continues_lines_and_another_holds():
+    def stiff(x, t):
+        return 20 * (x - torch.cos(5 * t))
+
+    x, ts = torch.randn(8, 4, generator=seeded(3), dtype=torch.float64), grids.uniform(50)
+    profile = calibrate(stiff, x, ts, progress=False)
+    roomy, tight = (CachedField(stiff, profile, nfe=nfe).plan(ts) for nfe in (30, 15))
+    assert (roomy.reuse, roomy.correct, roomy.stable) == ("linear", True, True)
+    assert (tight.reuse, tight.correct) == ("hold", False)
+    trained = CachedField(free_field(), calibrated(free_field()), nfe=4).plan()
+    assert (trained.reuse, trained.correct, trained.stable) == ("linear", True, True)
+
+
+@pytest.mark.parametrize("ts", [grids.uniform(30, 0.75, 0.3), grids.uniform(30, 0.7, 0.2)], ids=["start", "end"])
+def test_a_grid_of_which_the_profile_knows_a_part_is_not_planned_on(ts):
+    known = grids.uniform(30, 0.7, 0.3)
+    profile = calibrate(free_field(), X, known, progress=False)
+    CachedField(free_field(), profile, nfe=5).plan(grids.uniform(60, 0.7, 0.3))
+    with pytest.raises(
+        ValueError, match=r"measured from t = 0.7 to 0.31\d*, and \d+ outputs .* Calibrate on this grid"
+    ):
+        CachedField(free_field(), profile, nfe=5).integrate(X, ts)
 
 
 def test_fewer_schedules_are_the_same_as_the_first_of_more():
@@ -593,7 +682,7 @@ def test_a_whole_number_of_evaluations_may_be_a_float():
     assert len(CachedField(field, calibrated(field), nfe=5.0).plan().nodes) == 5
 
 
-@pytest.mark.parametrize("nfe", [0, -1, 2.5])
+@pytest.mark.parametrize("nfe", [0, -1, 2.5, True])
 def test_a_budget_that_is_no_count_is_refused(nfe):
     with pytest.raises(ValueError, match=r"`nfe` counts evaluations, 1, 2, \.\.\.; got"):
         CachedField(free_field(), calibrated(free_field()), nfe=nfe)

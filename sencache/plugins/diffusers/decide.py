@@ -18,7 +18,7 @@ from sencache.norms import Norm, difference, rms
 from sencache.plan import Plan
 from sencache.plugins.diffusers.debts import Debts, unfold
 from sencache.profile import SensitivityProfile
-from sencache.reuse import REUSES, VARIABLES
+from sencache.reuse import REACH, REUSES, VARIABLES
 from sencache.run import Criterion, Rule
 
 
@@ -51,7 +51,7 @@ class Drift:
     """`Differences` in units of the state, from the guided outputs and the scheduler's own gain.
 
     Sums, over the reuses since the last evaluation, how far the scheduler's step carries the change of the output that
-    the last two evaluations lead one to expect. Infinite until there are two.
+    the last two evaluations lead one to expect. Infinite until there are two, and further from them than `REACH` spans.
     """
 
     direction = 0
@@ -71,7 +71,9 @@ class Drift:
             return
         gain = sampler.weights[k + 1]["", 0][k + 1].abs()
         elapsed = (sampler.times[sampler.which[k + 1]] - debts.s_r).abs()
-        rate = self.norm(difference(debts.y_r, debts.y_2)).double().cpu() / (debts.s_r - debts.s_2).abs()
+        span = (debts.s_r - debts.s_2).abs()
+        rate = self.norm(difference(debts.y_r, debts.y_2)).double().cpu() / span
+        rate = rate.masked_fill(elapsed > (REACH + 1e-6) * span, torch.inf)
         self.said = self.said.masked_fill(debts.closes, 0) + gain * elapsed * rate
 
 
@@ -93,7 +95,7 @@ def rule_of(options: Options, plan: Plan | None, profile: SensitivityProfile | N
     """The rule of a run whose first step has been seen."""
     phi, epsilon, what = REUSES[options.reuse], options.epsilon, (options.norm, options.payload)
     if plan is not None:
-        return Rule(Planned(plan), epsilon, math.inf, phi, VARIABLES[plan.variable], *what)
+        return Rule(Planned(plan), epsilon, math.inf, REUSES[plan.reuse], VARIABLES[plan.variable], *what)
     if options.tolerance is None or options.tolerance == 0:
         return everything(*what)
     if profile is None:

@@ -96,7 +96,7 @@ class Trajectory:
         pays = self.options.correct and not uneven and x.shape == y.shape  # else weights differ within a sample
         known = self.know(scheduler, even, self.start, pays)
         if known.sampler is not None:
-            self.debts = Debts(known.sampler, len(x), pays)
+            self.debts = Debts(known.sampler, len(x), pays and (known.plan is None or known.plan.correct))
             self.run.rule = rule_of(self.options, known.plan, known.profile, self.debts)
             variable = self.run.rule.variable  # until here it was t itself
             self.notes[:] = [note._replace(nodes=variable(note.nodes)) for note in self.notes]
