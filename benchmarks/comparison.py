@@ -103,10 +103,11 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def choose(case: Case, count: int) -> dict[str, dict[str, Any]]:
-    """What every method measures beforehand, and its knob by budget."""
+def choose(case: Case, count: int, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What the methods of these names, by default all, measure beforehand, and their knobs by budget."""
     bench, found = Comparison(case, count, "choosing"), {}
-    for method in tqdm([each for each in METHODS.values() if each.runs_on(case)], desc=f"settings on {case.name}"):
+    methods = [METHODS[name] for name in names or METHODS if METHODS[name].runs_on(case)]
+    for method in tqdm(methods, desc=f"settings on {case.name}"):
         measured = method.measure(case) if method.measure else None
         mine = {"measured": measured} if method.measure else {}
         if method.peer:
@@ -239,7 +240,7 @@ def main(
     for name in names:
         case = cases()[name]
         if choosing or name not in settings:
-            settings[name] = choose(case, CHOSEN_ON)
+            settings[name] = settings.get(name, {}) | choose(case, CHOSEN_ON, methods if name in settings else None)
             SETTINGS.write_text(json.dumps(settings) + "\n")
         merge(compare(case, count, budgets, settings[name], methods), folder)
 
@@ -279,7 +280,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=16, help="to report on, of each field (default 16)")
     parser.add_argument("--quick", action="store_true", help="4 samples, 25 and 15 evaluations, into build/")
     parser.add_argument("--seconds", action="store_true", help="only time what was measured again; nothing else runs")
-    parser.add_argument("--choose", action="store_true", help="find the settings anew, on the choosing seeds")
+    parser.add_argument("--choose", action="store_true", help="find the methods' settings anew, on the choosing seeds")
     options = parser.parse_args()
     some, most = (4, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
     out = ROOT / "build/bench" if options.quick else RESULTS

@@ -138,7 +138,7 @@ def _measure(
         bar.update(len(x))
     if first.last_t == ts[-1]:
         outputs.append(first.last.reshape(len(x), -1).double().cpu())
-    size = rms(x).double().cpu()
+    size = rms(x.double()).cpu()
     secants = [torch.stack(alpha, 1).cpu() for alpha in (alpha_x, alpha_t)]
     unmeasured = [alpha.masked_fill(~alpha.isfinite(), torch.nan) for alpha in secants]  # dx = 0 says nothing
     y = torch.stack(outputs, 1)  # (G, T, d)

@@ -40,7 +40,7 @@ def check_options(
     }
     if len(said) > 1:
         raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
-    if nfe is not None and (nfe < 1 or nfe != int(nfe)):
+    if nfe is not None and (isinstance(nfe, bool) or nfe < 1 or nfe != int(nfe)):
         raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")

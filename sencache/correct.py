@@ -103,7 +103,7 @@ def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any], excess: A
 def _share(factors: Tensor, part: Tensor) -> Tensor:
     """A tensor (B, ...), each sample times its factor (B,), and 0 where that is 0, whatever the sample holds."""
     factor = spread(factors, part)
-    return torch.where(factor == 0, 0.0, factor * part)
+    return factor * part if factors.all() else torch.where(factor == 0, 0.0, factor * part)
 
 
 def _scaled(tree: Any, factors: Tensor) -> Any:
@@ -130,7 +130,8 @@ class Folding:
     """A ledger for a sampler that only calls: what a gap owed is folded into the evaluation that ends it.
 
     The sampler is known by its grid ts (K + 1,) and by `stepper`, which must be linear in one output a step, so that
-    x_next = state * x + field * v: to owe x is to owe v (state / field) as much. Queries off the grid owe nothing.
+    x_next = state * x + field * v: to owe x is to owe v (state / field) as much. Queries off the grid, by more than the
+    rounding of t in half precision can do, owe nothing.
     Raises ValueError for a stepper that uses more outputs.
     """
 
@@ -151,7 +152,7 @@ class Folding:
         if note.same.all():  # asked again, answered again
             return repaid(y, *self.folded[note.branch])
         gap, k = (t[:, None] - self.ts[:-1]).abs().min(1)
-        on_grid = gap <= 1e-6 * self.ts.diff().abs().min()
+        on_grid = gap <= self.ts.diff().abs().min() / 4
         moments, excess = self.open.get(note.branch, (torch.zeros(0, 3, dtype=torch.float64), None))
         if len(moments) != len(t):
             moments, excess = torch.zeros_like(note.offset), _scaled(note.excess, torch.zeros_like(t))

@@ -11,7 +11,7 @@ from torch import Tensor
 from sencache.memory import Look
 from sencache.plan import Plan, Stops
 from sencache.profile import SensitivityProfile
-from sencache.reuse import Variable
+from sencache.reuse import REACH, Variable
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Differences:
     """No calibration: the last two evaluations say how fast the output moves, ||y_r - y_2|| / |s_r - s_2|.
 
     The change |s - s_r| later is that of holding y_r; a line through both does better, in proportion. Infinite until
-    two evaluations are known.
+    two evaluations are known, and further from them than `REACH` times the span between them: two that happen to be
+    alike say nothing of what is far away.
     """
 
     variable: Variable
@@ -82,8 +83,9 @@ class Differences:
 
     def predicted(self, seen: Look) -> Tensor:
         s, s_ref, s_before = (self.variable(t) for t in (seen.t, seen.t_ref, seen.t_before))
-        rate = seen.difference / (s_ref - s_before).abs()
-        return torch.where(seen.difference.isfinite(), (s - s_ref).abs() * rate, torch.inf)
+        elapsed, span = (s - s_ref).abs(), (s_ref - s_before).abs()
+        known = seen.difference.isfinite() & (elapsed <= (REACH + 1e-6) * span)
+        return torch.where(known, elapsed * seen.difference / span, torch.inf)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def rehearse(
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
             end, ratio = _compared(cached, x, ts, stepper)
-            error = rms(end - full).double() / rms(full).double()
+            error = rms((end - full).double()) / rms(full.double())
             factors.append((error.cpu() / cached.plan(ts, stepper).relative_error).nan_to_num(nan=0.0))  # 0 of 0
             ratios.append(ratio)
     facts["rehearsed"] = sampler_name(stepper, ts)

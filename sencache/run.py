@@ -226,8 +226,12 @@ def _evaluate(
     if not hasattr(field, "select"):
         return take(needed, both(field, x, t)), torch.ones_like(needed)
     own_times = isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(needed)
-    few = field.select(needed.nonzero()[:, 0])
-    return both(few, take(needed, x), take(needed, t) if own_times else t), needed
+    few, count = field.select(needed.nonzero()[:, 0]), int(needed.sum())
+    y, stack = both(few, take(needed, x), take(needed, t) if own_times else t)
+    if any(len(part) != count for part in tensors(y)):
+        came = [tuple(part.shape) for part in tensors(y)]
+        raise ValueError(f"`select` was asked for the field of {count} samples, and that returned shape {came[0]}.")
+    return (y, stack), needed
 
 
 def _less_state(y: Any, x: Any) -> Any:

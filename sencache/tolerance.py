@@ -24,15 +24,23 @@ def strict_start(ts: Tensor, tolerance: float, strict: float = 0.01, share: floa
     ts = check_grid(ts).double().cpu()
     if not (tolerance >= 0 and strict >= 0 and 0 <= share <= 1):
         raise ValueError(f"Expected tolerances >= 0 and a share in [0, 1]; got {tolerance}, {strict} and {share}.")
-    steps = len(ts) - 1
-    first = math.ceil(share * steps - 1e-9)  # the first step that is no longer strict
-    direction = (ts[1] - ts[0]).sign().item()
-    boundary, slack = ts[first].item(), 1e-6 * (ts[-1] - ts[0]).abs().item()
+    first = math.ceil(share * (len(ts) - 1) - 1e-9)  # the first step that is no longer strict
+    slack = 1e-6 * (ts[-1] - ts[0]).abs().item()
+    return StrictStart(ts[first].item(), (ts[1] - ts[0]).sign().item(), slack, strict, tolerance)
 
-    def epsilon(t: float) -> float:
-        return strict if (t - boundary) * direction < -slack else tolerance
 
-    return epsilon
+@dataclass(frozen=True)
+class StrictStart:
+    """epsilon(t): `strict` before the time `boundary`, in the direction of t, and `tolerance` from there on."""
+
+    boundary: float
+    direction: float
+    slack: float
+    strict: float
+    tolerance: float
+
+    def __call__(self, t: float) -> float:
+        return self.strict if (t - self.boundary) * self.direction < -self.slack else self.tolerance
 
 
 @dataclass(frozen=True, eq=False)

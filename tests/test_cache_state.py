@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sencache import CachedField, SensitivityProfile
+from sencache import CachedField, SensitivityProfile, strict_start
 from solvers import grids
 from tests.flows import linear_flow
 
@@ -389,3 +389,10 @@ def test_a_copy_has_the_rule_and_a_memory_of_its_own(clone):
     assert torch.equal(other.integrate(Y, TS), field.integrate(Y, TS))
     field.reset()
     assert len(other.report.trace) == 10
+
+
+def test_a_cached_field_with_a_strict_start_can_be_sent_to_another_process():
+    field = Paper(linear_flow(), PROFILE, tolerance=strict_start(TS, 0.5), max_reuses=2)
+    other = pickle.loads(pickle.dumps(field))
+    assert torch.equal(other.integrate(Y, TS), field.integrate(Y, TS))
+    assert field.report.reuses.any()

@@ -363,3 +363,11 @@ def test_without_secants_a_step_costs_one_evaluation_and_plans_are_the_same():
     paper = CachedField(cheap, bare, tolerance=9.0, reuse="hold")
     paper.integrate(X, TS)
     assert not paper.report.reuses.any()
+
+
+def test_a_state_too_large_to_square_in_float32_has_a_size_and_its_plan_an_error():
+    x, ts = X.float(), grids.uniform(20)
+    usual, large = (calibrate(lambda x, t: x * (1 + t), c * x, ts, progress=False) for c in (1, 1e21))
+    torch.testing.assert_close(large.size / 1e21, usual.size, rtol=1e-5, atol=0)
+    told = [CachedField(lambda x, t: x, profile, nfe=7).plan(ts).relative_error for profile in (usual, large)]
+    assert told[0] / 10 < told[1] < 10 * told[0]  # secants of such numbers are not known, and so no echoes

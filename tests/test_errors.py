@@ -220,3 +220,16 @@ def test_after_an_error_the_next_run_is_whole():
         fails.integrate(X, TS)
     fails.field = decay
     assert torch.equal(fails.integrate(X, TS), field.integrate(X, TS))
+
+
+def test_a_selection_of_another_number_of_samples_is_refused():
+    class Forgetful:
+        def __call__(self, x, t):
+            return -x
+
+        def select(self, rows):
+            return lambda x, t: -x[:1].expand(3, -1)
+
+    field = Paper(Forgetful(), PROFILE, tolerance=lambda t: 0.4, max_reuses=3)
+    with pytest.raises(ValueError, match=r"`select` was asked for the field of 1 samples.*returned shape \(3, 3\)"):
+        field.integrate(torch.stack([torch.ones(3), 1e-3 * torch.ones(3)]), torch.tensor([1.0, 0.9, 0.8, 0.7]))

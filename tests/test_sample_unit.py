@@ -267,3 +267,28 @@ def test_a_sample_that_is_never_evaluated_again_does_not_slow_the_others():
 
     seconds(50)
     assert seconds(800) < 4 * 3 * seconds(200)
+
+
+def starts_late(x, t):
+    """Still at first, and then it moves."""
+    return torch.where(t > 0.9, torch.ones_like(x), torch.sin(2 * x + 3 * t) - x)
+
+
+def starts_at_zero(x, t):
+    return torch.where(t > 0.9, torch.zeros_like(x), torch.sin(2 * x + 3 * t) - x)
+
+
+@pytest.mark.parametrize("field", [starts_late, starts_at_zero])
+def test_two_outputs_that_are_alike_do_not_stand_for_the_rest(field):
+    ts = grids.uniform(50)
+    cached = CachedField(field, tolerance=0.003)
+    end, full = cached.integrate(X, ts), integrate(field, X, ts)
+    assert (rms(end - full) < 0.02 * rms(full)).all()
+    assert cached.report.reuses.min() >= 10
+
+
+def test_a_field_that_never_moves_is_asked_ever_less_often():
+    cached = CachedField(lambda x, t: torch.ones_like(x), tolerance=0.003)
+    cached.integrate(X, grids.uniform(200))
+    asked = [k for k, query in enumerate(cached.report.trace) if query.computed.any()]
+    assert asked == [0, 1, 6, 27, 112]  # beyond four times 1, 5, 21, 85 steps
