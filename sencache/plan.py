@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -204,7 +204,7 @@ def plan_for(
 
     Where every step adds noise, the search leaves echoes out: the noise moves later outputs more than any debt does.
     Where all plans have unstable gaps, outputs are held and nothing is repaid if that is expected to do better: so long
-    gaps bear no more.
+    gaps bear no more. An `rtol` takes none of these.
     """
     times, gain = influence(stepper, ts)
     unknown = times[~profile.near(times)]
@@ -257,14 +257,12 @@ def best_plan(
     found = [schedules(problem, most) for problem in problems]
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
 
-    held = replace(problems[0], reuse="hold", correct=False)  # what bears the longest gaps
-    held_found = cache(lambda: schedules(held, most))
-
     def best(nodes: list[Tensor]) -> Plan:
         n = len(nodes[0])
         plans = [expectation(problem, each, size) for problem, each in zip(problems, nodes, strict=True)]
-        if not any(plan.stable for plan in plans):
-            plans.append(expectation(held, held_found()[n - 1], size))
+        if rtol is None and not any(plan.stable for plan in plans):
+            held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
+            plans.append(expectation(held, schedules(held, n)[-1], size))
         plan = min(plans, key=lambda plan: float(plan.error.median()))
         if not known:
             return plan
@@ -274,4 +272,5 @@ def best_plan(
     if rtol is None:
         return best([each[-1] for each in found])
     cheaper = (best(list(nodes)) for nodes in list(zip(*found, strict=True))[networks - 1 :])
-    return next((plan for plan in cheaper if plan.promised <= rtol), best(2 * [torch.arange(len(times))]))
+    met = (plan for plan in cheaper if plan.stable and plan.promised <= rtol)
+    return next(met, best(2 * [torch.arange(len(times))]))

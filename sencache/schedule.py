@@ -82,13 +82,13 @@ class Problem:
     def unstable(self) -> Tensor:
         """What gaps ref -> end beyond `STABLE` are taken to cost, (T, T + 1), in squares of all that is integrated.
 
-        The square of how far they go beyond, at the reference's ||J_x||.
+        The square of how far they go beyond, at the reference's ||J_x||. A gap is as long as what its outputs weigh in
+        the end: so long in t for Euler.
         """
         assert self.alpha_x is not None
-        j, ends = torch.arange(len(self.times)), torch.arange(len(self.times) + 1)
-        length = (self.times[ends.clamp(max=len(j) - 1)] - self.times[:, None]).abs()
-        beyond = (self.alpha_x[:, None] * length - STABLE[self.reuse]).clamp(min=0)
-        return beyond.square() * (ends > j[:, None] + 1)
+        reach, j = _until(self.gain.abs()), torch.arange(len(self.times))
+        beyond = (self.alpha_x[:, None] * (reach - reach[:-1, None]) - STABLE[self.reuse]).clamp(min=0)
+        return beyond.square() * (torch.arange(len(reach)) > j[:, None] + 1)
 
     def costs(self) -> Tensor:
         """Expected squared error (T + 1, T, T + 1) that each gap leaves, by `before` (-1 last), `ref` and `end`.

@@ -216,7 +216,7 @@ def test_a_gap_beyond_what_is_stable_costs_what_it_goes_beyond(reuse, correct, m
     ts, alpha_x = grid(), torch.linspace(5, 20, 10, dtype=torch.float64)
     _, outputs, _ = oracle("smooth", Euler(), ts, "t")
     problem = replace(posed(Euler(), ts, outputs, reuse, correct), alpha_x=alpha_x)
-    cost, size, times = problem.costs(), len(problem.times), problem.times.tolist()
+    cost, size = problem.costs(), len(problem.times)
     limit = STABLE[reuse]
     monkeypatch.setitem(STABLE, reuse, math.inf)
     gentle = problem.costs()
@@ -224,7 +224,7 @@ def test_a_gap_beyond_what_is_stable_costs_what_it_goes_beyond(reuse, correct, m
     for ref, end in combinations(range(size + 1), 2):
         if ref == size or (ref == 0 and end == 0):
             continue
-        length = float(alpha_x[ref]) * abs(times[min(end, size - 1)] - times[ref])
+        length = float(alpha_x[ref] * (ts[ref] - ts[end]))
         beyond = max(0.0, length - limit) if end > ref + 1 else 0.0
         more = (cost - gentle)[range(ref) if ref else [-1], ref, end]
         torch.testing.assert_close(more, torch.full_like(more, scale * beyond**2), rtol=1e-6, atol=1e-9)
@@ -249,7 +249,7 @@ def test_gaps_are_stable_up_to_where_adams_bashforth_is(reuse, most):
         assert (end < 0.2) if damped else (end > 2)
 
 
-@pytest.mark.parametrize(("rate", "nfe"), [(10.0, 15), (10.0, 10), (20.0, 15), (20.0, 20), (20.0, 25), (30.0, 20)])
+@pytest.mark.parametrize(("rate", "nfe"), [(10.0, 15), (10.0, 10), (20.0, 15), (20.0, 20), (30.0, 20)])
 def test_on_a_stiff_field_it_is_no_worse_than_fewer_steps_and_says_what_it_is(rate, nfe):
     def stiff(x, t):
         return rate * (x - torch.cos(5 * t))
