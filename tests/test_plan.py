@@ -237,6 +237,14 @@ def test_a_gap_beyond_what_is_stable_costs_what_it_goes_beyond(reuse, correct, m
     assert (stiff.error > plan(problem, nodes).error).all()
 
 
+def test_how_long_a_gap_is_does_not_depend_on_the_unit_of_time():
+    """A scheduler's steps weigh outputs by its sigmas, whatever its timesteps count."""
+    problem = replace(posed(Euler(), grid(), sequences("smooth", grid()[:-1].tolist()), "linear", True), heard=0.0)
+    problem = replace(problem, alpha_x=torch.linspace(1, 9, 10, dtype=torch.float64))
+    assert problem.unstable().any()
+    torch.testing.assert_close(replace(problem, times=1000 * problem.times).costs(), problem.costs(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(("reuse", "most"), [("linear", 1.0), ("hold", 2.0)])
 def test_gaps_are_stable_up_to_where_adams_bashforth_is(reuse, most):
     """On dx/dt = x downward in time, a decay, in thirty gaps of forty small steps each."""
