@@ -28,7 +28,12 @@ if __name__ == "__main__":
     left.set_xticks(torch.arange(10) * 32 + 16, CLASSES, fontsize=8)
     left.set_yticks([])
     for column, style in (("loss", "-"), ("held_out", "-o")):
-        right.plot([int(row["step"]) for row in log], [float(row[column]) for row in log], style, label=column)
+        right.plot(
+            [int(row["step"]) for row in log],
+            [float(row[column]) for row in log],
+            style,
+            label=column.replace("_", " "),
+        )
     right.set_xlabel("step")
     right.set_ylabel("mean squared error of the velocity")
     right.legend(frameon=False)

@@ -59,7 +59,11 @@ if __name__ == "__main__":
             log = list(csv.DictReader(file))[1:]
         for value, style in (("loss", "-"), ("held_out", "-o")):
             axes[-1, column].plot(
-                [int(row["step"]) for row in log], [float(row[value]) for row in log], style, label=value, ms=3
+                [int(row["step"]) for row in log],
+                [float(row[value]) for row in log],
+                style,
+                label=value.replace("_", " "),
+                ms=3,
             )
         axes[-1, column].set_xlabel("step")
         axes[-1, column].set_ylabel("squared error of the velocity" if column == 0 else "")
