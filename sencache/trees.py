@@ -30,6 +30,8 @@ def tensors(tree: Any) -> list[Tensor]:
     """The tensors in `tree`, depth first."""
     if isinstance(tree, Tensor):  # as it nearly always is
         return [tree]
+    if tree is None or isinstance(tree, list | tuple):
+        return [leaf for part in tree or () for leaf in tensors(part)]
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
