@@ -55,7 +55,8 @@ class CachedField:
         and adds up those since the last evaluation, so that a tolerance means the same on every grid.
 
     reuse: what a reuse returns: "linear" continues the line through the last two evaluations, "hold" is the last one.
-        Where `nfe` leaves only gaps too long for lines to be stable in, a plan may hold, and then nothing is repaid.
+        Where `nfe` leaves only gaps too long for lines to be stable in, a plan may hold, and then nothing is repaid:
+        `plan` tells.
     payload: what it is that is continued: the "output", or by "blocks" what a transformer's blocks add to its tokens,
         as the authors' code does. Then embeddings and head run at every query, on the true x and t, which is not
         counted as an evaluation; and the field needs `stack(x, t)` and `head(x, t, stack)`, of which
@@ -185,7 +186,7 @@ class CachedField:
         if self._planned():
             plan = self.plan(ts, stepper)
             run.report.expected, run.report.promised = plan.relative_error, plan.promised
-            run.report.discretisation = plan.discretisation
+            run.report.discretisation, run.report.stable = plan.discretisation, plan.stable
         if fold and ts is not None and self._repays(ts, stepper):
             run.ledger = Folding(stepper, ts)
         self._thread.run, self._thread.report = run, run.report
@@ -204,7 +205,7 @@ class CachedField:
         gains = None
         if self.unit == "sample" and self.tolerance is not None:
             gains = Gains() if ts is None else Gains(*charges(stepper, ts))
-        phi = REUSES[criterion.plan.reuse if isinstance(criterion, Planned) else self.reuse]
+        phi = REUSES[self.plan(ts, stepper).reuse if self._planned() else self.reuse]
         return Rule(criterion, everywhere, n, phi, VARIABLES[variable], self.norm, self.payload, gains)
 
     def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:

@@ -46,8 +46,8 @@ def calibrate(
     With `path`, x are data instead and each step begins at these data noised along the path, one noise a sample (from
     `generator`, by default seeded with 0): the paper's way, which needs a data set. The paper uses 8 samples.
 
-    Without `secants` the two extra evaluations are spared: the profile has its Gram matrix, all that plans need, and no
-    sensitivities, so that under `tolerance` it evaluates everything.
+    Without `secants` the two extra evaluations are spared: the profile has its Gram matrix, all that plans need but for
+    stiff fields, and no sensitivities, so that under `tolerance` it evaluates everything.
 
     A field with `select(rows)` is measured one sample at a time, any other all at once. With `file`, the profile of the
     samples so far is written there after each of these, and the same call again goes on from it, or returns it if it

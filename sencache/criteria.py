@@ -84,7 +84,7 @@ class Differences:
     def predicted(self, seen: Look) -> Tensor:
         s, s_ref, s_before = (self.variable(t) for t in (seen.t, seen.t_ref, seen.t_before))
         elapsed, span = (s - s_ref).abs(), (s_ref - s_before).abs()
-        known = seen.difference.isfinite() & (elapsed <= (REACH + 1e-6) * span)
+        known = seen.difference.isfinite() & (elapsed <= (REACH + 1e-3) * span)
         return torch.where(known, elapsed * seen.difference / span, torch.inf)
 
 

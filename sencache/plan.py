@@ -44,7 +44,7 @@ class Plan:
     difference: Tensor  # (T,) expected RMS difference of the last two evaluations before each output; NaN without two
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
-    stable: bool = True  # whether errors do not grow from gap to gap, as far as ||J_x|| tells
+    stable: bool = True  # whether no gap is known to be longer than `STABLE` allows, beyond which errors can grow
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
@@ -130,7 +130,7 @@ def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
     end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
     total = problem.residual(before, nodes, end).sum(0, keepdim=True)
     echo = _echoes(problem, before, nodes, end, total[0])
-    unstable = problem.unstable()[nodes, end].sum()
+    unstable = problem.instability()[nodes, end].sum()
     squares = [
         quadratic(total, gram)[0] + quadratic(echo, gram).sum() + unstable * integrated(problem, gram)
         for gram in problem.gram
@@ -203,8 +203,8 @@ def plan_for(
     The variable in which outputs are continued is the one in which the plan is expected to do better.
 
     Where every step adds noise, the search leaves echoes out: the noise moves later outputs more than any debt does.
-    Where all plans have unstable gaps, outputs are held and nothing is repaid if that is expected to do better: so long
-    gaps bear no more. An `rtol` takes none of these.
+    Where every plan has gaps longer than `STABLE` allows, one that holds and repays nothing is taken if it is expected
+    to do better, because holding allows the longest gaps. An `rtol` takes none of these plans.
     """
     times, gain = influence(stepper, ts)
     unknown = times[~profile.near(times)]
@@ -260,7 +260,8 @@ def best_plan(
     def best(nodes: list[Tensor]) -> Plan:
         n = len(nodes[0])
         plans = [expectation(problem, each, size) for problem, each in zip(problems, nodes, strict=True)]
-        if rtol is None and not any(plan.stable for plan in plans):
+        plans = [plan for plan in plans if plan.stable] or plans
+        if rtol is None and not plans[0].stable:
             held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
             plans.append(expectation(held, schedules(held, n)[-1], size))
         plan = min(plans, key=lambda plan: float(plan.error.median()))

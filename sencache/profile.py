@@ -147,10 +147,10 @@ class SensitivityProfile:
         return (t >= low - slack) & (t <= high + slack)
 
     def near(self, t: Tensor) -> Tensor:
-        """Whether times t lie on the calibrated grid, its end included, or no further outside than its last step."""
-        known = (self.t if self.end is None else self.grid).sort().values
-        steps = known.diff() if len(known) > 1 else known.new_zeros(1)
-        return (t >= known[0] - steps[0]) & (t <= known[-1] + steps[-1])
+        """Whether times t lie on the calibrated grid, its end included, or hardly outside: a mean step of it."""
+        known = self.t if self.end is None else self.grid
+        step = (known.max() - known.min()) / max(1, len(known) - 1)
+        return (t >= known.min() - step) & (t <= known.max() + step)
 
     def lookup(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_x and alpha_t at times t (B,), each (B,) float64; infinite outside the calibrated range."""

@@ -40,6 +40,9 @@ class Report:
         self.expected = math.nan  # the relative error of the final state that a plan expects,
         self.promised = math.inf  # and the one that 90 % of samples keep, if plans were rehearsed
         self.discretisation = math.nan  # and the full run's own, against the solution of the ODE, where that is known
+        self.stable = (
+            True  # whether no gap of the plan is known to be so long that errors can grow from one to the next
+        )
         self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
     def add(self, query: Query, anew: Tensor) -> None:
@@ -94,6 +97,11 @@ class Report:
         if not math.isnan(self.expected):
             promised = f"; 90 % of samples keep {self.promised:.2g}" if self.promised < math.inf else ""
             lines.append(f"expected relative error of the sample: {self.expected:.2g}{promised}")
+        if not self.stable:
+            lines.append(
+                "The plan has gaps longer than the field's ||J_x|| allows, over which errors can grow: spend more "
+                "evaluations, or compare with fewer steps."
+            )
         if self.discretisation > FAR * self.expected:
             lines.append(
                 f"The full run is itself about {self.discretisation:.2g} from the ODE's solution; reuse adds little. "

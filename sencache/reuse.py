@@ -45,7 +45,7 @@ def continued(last: Any, before: Any, phi: Tensor) -> Any:
     def along(y: Tensor, y_before: Tensor) -> Tensor:
         share = spread(phi, y)
         line = torch.lerp(y, y_before, -share)
-        return line if phi.all() else torch.where(share == 0, y, line)
+        return line if phi.to(y.dtype).all() else torch.where(share == 0, y, line)
 
     return replace(last, [along(*pair) for pair in zip(tensors(last), tensors(before), strict=True)])
 

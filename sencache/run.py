@@ -228,9 +228,9 @@ def _evaluate(
     own_times = isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(needed)
     few, count = field.select(needed.nonzero()[:, 0]), int(needed.sum())
     y, stack = both(few, take(needed, x), take(needed, t) if own_times else t)
-    if any(len(part) != count for part in tensors(y)):
-        came = [tuple(part.shape) for part in tensors(y)]
-        raise ValueError(f"`select` was asked for the field of {count} samples, and that returned shape {came[0]}.")
+    wrong = [tuple(part.shape) for part in tensors(y) if len(part) != count]
+    if wrong:
+        raise ValueError(f"`select` was asked for the field of {count} samples, and that returned shape {wrong[0]}.")
     return (y, stack), needed
 
 

@@ -3,7 +3,7 @@
 What a gap between two evaluations leaves in the final state depends on its two ends and, where outputs are continued,
 on the evaluation before; `plan.py` says what it is made of. Until the evaluation at its end repays it, the state owes
 what was left, and in that state the output there is off by about ||J_x|| times as much: an echo, of which the direction
-is not known, so that its square is added. Over gaps too long for that, echoes grow from gap to gap without end.
+is not known, so that its square is added. Where a gap is long beside 1 / ||J_x||, echoes can grow from gap to gap.
 Shapes: T query times of the grid; S calibration samples.
 """
 
@@ -79,15 +79,17 @@ class Problem:
                 left[rows, node] -= share
         return left
 
-    def unstable(self) -> Tensor:
+    def instability(self) -> Tensor:
         """What gaps ref -> end beyond `STABLE` are taken to cost, (T, T + 1), in squares of all that is integrated.
 
         The square of how far they go beyond, at the reference's ||J_x||. A gap is as long as what its outputs weigh in
-        the end: so long in t for Euler.
+        the end: so long in t for Euler. The first is always held, and from the last nothing goes on.
         """
         assert self.alpha_x is not None
         reach, j = _until(self.gain.abs()), torch.arange(len(self.times))
-        beyond = (self.alpha_x[:, None] * (reach - reach[:-1, None]) - STABLE[self.reuse]).clamp(min=0)
+        stable = torch.full((len(j), len(reach)), STABLE[self.reuse], dtype=reach.dtype)
+        stable[0] = stable[:, -1] = STABLE["hold"]
+        beyond = (self.alpha_x[:, None] * (reach - reach[:-1, None]) - stable).clamp(min=0)
         return beyond.square() * (torch.arange(len(reach)) > j[:, None] + 1)
 
     def costs(self) -> Tensor:
@@ -112,7 +114,7 @@ class Problem:
         assert self.alpha_x is not None
         echo = self.heard * torch.cat([self.alpha_x, self.alpha_x.new_zeros(1)])  # nothing is evaluated at T
         own = torch.cat([self.gain, self.gain.new_zeros(1)]).abs()
-        unstable = self.unstable() * integrated(self, mean)
+        unstable = self.instability() * integrated(self, mean)
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for before in range(-1, size - 1):
             ref = j[before + 1 :] if before >= 0 else j[:1]

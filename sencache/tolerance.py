@@ -63,7 +63,8 @@ def planned_tolerance(plan: Plan, profile: SensitivityProfile) -> PlannedToleran
     evaluation that ends it; infinite after the last. With few evaluations, wide apart, a sample much slower than the
     calibrated ones can miss a node and slip into the next gap; `nfe` cannot.
 
-    Use it with ``max_reuses=math.inf``, in units of the output. Raises ValueError for a profile without sensitivities.
+    Use it with ``max_reuses=math.inf``, in units of the output, and with the plan's own `reuse` and `correct`. Raises
+    ValueError for a profile without sensitivities.
     """
     times, nodes = plan.times, plan.nodes.tolist()
     steps = torch.cat([times.diff(), times.new_zeros(1)])

@@ -217,31 +217,33 @@ def test_a_gap_beyond_what_is_stable_costs_what_it_goes_beyond(reuse, correct, m
     _, outputs, _ = oracle("smooth", Euler(), ts, "t")
     problem = replace(posed(Euler(), ts, outputs, reuse, correct), alpha_x=alpha_x)
     cost, size = problem.costs(), len(problem.times)
-    limit = STABLE[reuse]
-    monkeypatch.setitem(STABLE, reuse, math.inf)
+    limit, first = STABLE[reuse], STABLE["hold"]
+    monkeypatch.setitem(STABLE, "linear", math.inf)
+    monkeypatch.setitem(STABLE, "hold", math.inf)
     gentle = problem.costs()
     scale = float(problem.gain.abs().sum() ** 2 * problem.gram.diagonal(dim1=1, dim2=2).mean())
     for ref, end in combinations(range(size + 1), 2):
         if ref == size or (ref == 0 and end == 0):
             continue
         length = float(alpha_x[ref] * (ts[ref] - ts[end]))
-        beyond = max(0.0, length - limit) if end > ref + 1 else 0.0
+        bound = limit if ref and end < size else first
+        beyond = max(0.0, length - bound) if end > ref + 1 else 0.0
         more = (cost - gentle)[range(ref) if ref else [-1], ref, end]
         torch.testing.assert_close(more, torch.full_like(more, scale * beyond**2), rtol=1e-6, atol=1e-9)
-    nodes = torch.tensor([0, 5])
+    carefree = plan(problem, torch.tensor([0, 2, 9]))
+    monkeypatch.setitem(STABLE, "hold", first)
     monkeypatch.setitem(STABLE, reuse, limit)
-    stiff = plan(problem, nodes)
-    monkeypatch.setitem(STABLE, reuse, math.inf)
+    stiff = plan(problem, torch.tensor([0, 2, 9]))
+    assert carefree.stable
     assert not stiff.stable
-    assert plan(problem, nodes).stable
-    assert (stiff.error > plan(problem, nodes).error).all()
+    assert (stiff.error > carefree.error).all()
 
 
 def test_how_long_a_gap_is_does_not_depend_on_the_unit_of_time():
     """A scheduler's steps weigh outputs by its sigmas, whatever its timesteps count."""
     problem = replace(posed(Euler(), grid(), sequences("smooth", grid()[:-1].tolist()), "linear", True), heard=0.0)
     problem = replace(problem, alpha_x=torch.linspace(1, 9, 10, dtype=torch.float64))
-    assert problem.unstable().any()
+    assert problem.instability().any()
     torch.testing.assert_close(replace(problem, times=1000 * problem.times).costs(), problem.costs(), rtol=1e-9, atol=0)
 
 
@@ -291,6 +293,10 @@ def test_a_plan_with_room_for_short_gaps_continues_lines_and_another_holds():
     roomy, tight = (CachedField(stiff, profile, nfe=nfe).plan(ts) for nfe in (30, 15))
     assert (roomy.reuse, roomy.correct, roomy.stable) == ("linear", True, True)
     assert (tight.reuse, tight.correct) == ("hold", False)
+    for nfe, unsafe in ((30, False), (10, True)):
+        cached = CachedField(stiff, profile, nfe=nfe)
+        cached.integrate(x, ts)
+        assert ("errors can grow" in str(cached.report)) == unsafe
     trained = CachedField(free_field(), calibrated(free_field()), nfe=4).plan()
     assert (trained.reuse, trained.correct, trained.stable) == ("linear", True, True)
 
@@ -763,4 +769,4 @@ def test_a_plan_is_made_while_a_person_waits(steps, options, seconds):
         CachedField(free_field(), profile, **options).plan(ts)
         return time.process_time() - begun
 
-    assert min(spent() for _ in range(2)) < seconds
+    assert min(spent() for _ in range(4 if steps < 250 else 2)) < seconds  # the rest is other work on the machine

@@ -73,7 +73,7 @@ class Drift:
         elapsed = (sampler.times[sampler.which[k + 1]] - debts.s_r).abs()
         span = (debts.s_r - debts.s_2).abs()
         rate = self.norm(difference(debts.y_r, debts.y_2)).double().cpu() / span
-        rate = rate.masked_fill(elapsed > (REACH + 1e-6) * span, torch.inf)
+        rate = rate.masked_fill(elapsed > (REACH + 1e-3) * span, torch.inf)
         self.said = self.said.masked_fill(debts.closes, 0) + gain * elapsed * rate
 
 
