@@ -130,8 +130,8 @@ class Folding:
     """A ledger for a sampler that only calls: what a gap owed is folded into the evaluation that ends it.
 
     The sampler is known by its grid ts (K + 1,) and by `stepper`, which must be linear in one output a step, so that
-    x_next = state * x + field * v: to owe x is to owe v (state / field) as much. Queries off the grid by
-    more than a quarter of its smallest step owe nothing. Raises ValueError for a stepper that uses more outputs.
+    x_next = state * x + field * v: to owe x is to owe v (state / field) as much. Queries off the grid by more than a
+    quarter of its smallest step owe nothing. Raises ValueError for a stepper that uses more outputs.
     """
 
     def __init__(self, stepper: Stepper, ts: Tensor):

@@ -40,9 +40,7 @@ class Report:
         self.expected = math.nan  # the relative error of the final state that a plan expects,
         self.promised = math.inf  # and the one that 90 % of samples keep, if plans were rehearsed
         self.discretisation = math.nan  # and the full run's own, against the solution of the ODE, where that is known
-        self.stable = (
-            True  # whether no gap of the plan is known to be so long that errors can grow from one to the next
-        )
+        self.stable = True  # `Plan.stable`: whether no gap is known to be so long that errors can grow
         self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
     def add(self, query: Query, anew: Tensor) -> None:

@@ -194,10 +194,12 @@ def test_no_schedule_of_its_length_costs_less(method, kind, variable, reuse, cor
 
 
 @WAY
-def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct):
+def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct, monkeypatch):
+    for each in STABLE:
+        monkeypatch.setitem(STABLE, each, math.inf)
     ts = grid()
     _, outputs, _ = oracle("smooth", Euler(), ts, "t")
-    still, alpha_x = posed(Euler(), ts, outputs, reuse, correct), torch.linspace(0.3, 1.1, 10, dtype=torch.float64)
+    still, alpha_x = posed(Euler(), ts, outputs, reuse, correct), torch.linspace(1, 4, 10, dtype=torch.float64)
     size, felt = len(still.times), replace(still, alpha_x=alpha_x)
     every = [(b, r, e) for b in range(size) for r in range(b + 1, size) for e in range(r + 1, size)]
     before, ref, end = torch.tensor(every).T
@@ -262,7 +264,7 @@ def test_gaps_are_stable_up_to_where_the_methods_of_adams_are(reuse, correct, mo
 
 
 @pytest.mark.parametrize(("rate", "nfe"), [(10.0, 15), (10.0, 10), (20.0, 15), (20.0, 20), (30.0, 20)])
-def test_on_a_stiff_field_it_is_no_worse_than_fewer_steps_and_says_what_it_is(rate, nfe):
+def test_on_a_stiff_field_a_plan_errs_at_most_twice_as_much_as_fewer_steps_and_expects_it(rate, nfe):
     def stiff(x, t):
         return rate * (x - torch.cos(5 * t))
 
@@ -771,4 +773,4 @@ def test_a_plan_is_made_while_a_person_waits(steps, options, seconds):
         CachedField(free_field(), profile, **options).plan(ts)
         return time.process_time() - begun
 
-    assert min(spent() for _ in range(4 if steps < 250 else 2)) < seconds  # the rest is other work on the machine
+    assert min(spent() for _ in range(2)) < seconds
