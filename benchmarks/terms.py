@@ -91,7 +91,7 @@ def _change(
         change, expected = plans[reuse].at(before, r, j)
         return change * (difference / expected).sqrt()
 
-    true = {"hold": rms(y_j - y_r), "linear": rms(y_j - continued(y_r, y_2, phi))}
+    true = {"hold": rms(y_j - y_r), "linear": rms(y_j - continued(y_r, y_2, phi.numpy()))}
     predicted = {
         "time term": time.expand_as(difference),
         "latent term": latent,

@@ -13,7 +13,7 @@ history included, and nothing has to be known about it.
 Where a reuse goes through the head of a network, used_j is no combination of outputs. Then phi_j = 0, and one more sum
 is kept in the same way, of the size of a state: the excess, sum_j c_j (used_j - y_r), which is taken off what is owed.
 
-Shapes: B samples; moments (B, 3) float64 on the host, of the open gap; within a step of Q queries those of up to Q + 1
+Shapes: B samples; moments (B, 3) float64, NumPy's, of the open gap; within a step of Q queries those of up to Q + 1
 gaps stand side by side, (B, Q + 1, 3).
 """
 
@@ -23,10 +23,11 @@ from collections.abc import Callable
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.memory import spread
+from sencache.memory import Array, spread
 from sencache.norms import difference
 from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField
@@ -35,55 +36,61 @@ from solvers import Stepper, VelocityField
 class Note(NamedTuple):
     """One query of a run, as far as the debt is concerned."""
 
-    offset: Tensor  # (B, 3) what a reuse adds to the moments; zero where the sample was evaluated
+    offset: Array  # (B, 3) what a reuse adds to the moments; zero where the sample was evaluated
     excess: Any  # and to the excess, a tree of tensors (B, ...); None where outputs themselves are reused
-    closes: Tensor  # (B,) bool, the sample was evaluated
-    nodes: Tensor  # (B, 3) s_k, s_r, s_2 of an evaluation; NaN where there was none
+    closes: Array  # (B,) bool, the sample was evaluated
+    nodes: Array  # (B, 3) s_k, s_r, s_2 of an evaluation; NaN where there was none
     outputs: tuple[Any, Any, Any]  # y_k, y_r, y_2, trees of tensors (B, ...)
-    anew: Tensor  # (B,) bool, another trajectory begins: what was owed is not owed by it
-    same: Tensor  # (B,) bool, the query before was asked again
+    anew: Array  # (B,) bool, another trajectory begins: what was owed is not owed by it
+    same: Array  # (B,) bool, the query before was asked again
     branch: int  # which conditioning
 
 
-def offset(u: Tensor, phi: Tensor) -> Tensor:
-    """What a reuse at u = s - s_r (...,) adds to the moments, (..., 3)."""
-    return torch.stack([u, u**2, phi], -1)
+def offset(u: Array, phi: Array) -> Array:
+    """What a reuse at u = s - s_r (B,) adds to the moments, (B, 3)."""
+    return np.array([u, u**2, phi]).T
 
 
-def owed(moments: Tensor, nodes: Tensor) -> Tensor:
-    """The weights (B, 3) of y_k, y_r, y_2 in what a gap owes, from its moments (B, 3) and nodes (B, 3).
+@np.errstate(divide="ignore", invalid="ignore")
+def owed(moments: Array, nodes: Array) -> Array:
+    """The weights (..., 3) of y_k, y_r, y_2 in what a gap owes, from its moments (..., 3) and nodes (..., 3).
 
     Newton's form, y_r + u slope + u (s - s_k) curvature with u = s - s_r; without a y_2 the line alone.
     """
-    first, second, phi = moments.unbind(1)
-    s_k, s_r, s_2 = nodes.unbind(1)
-    s_2 = s_2.where(s_2 != s_r, torch.nan)  # two evaluations at one time make no line
+    (first, second, phi), (s_k, s_r, s_2) = ([each[..., i] for i in range(3)] for each in (moments, nodes))
+    s_2 = np.where(s_2 == s_r, np.nan, s_2)  # two evaluations at one time make no line
     rate, rate_before = 1 / (s_k - s_r), 1 / (s_r - s_2)
     bend = (second - (s_k - s_r) * first) / (s_k - s_2)  # of the curvature, slope minus the slope before
-    k, two = (first + bend.nan_to_num(0.0)) * rate, (bend * rate_before).nan_to_num(0.0, 0.0, 0.0) + phi
-    weights = torch.stack([k, -k - two, two], 1)
-    return torch.where((moments != 0).any(1, keepdim=True), weights, 0.0)
+    k, two = (first + _finite(bend)) * rate, _finite(bend * rate_before) + phi
+    return np.where((moments != 0).any(-1)[..., None], np.stack([k, -k - two, two], -1), 0.0)
 
 
-def observed(offsets: Tensor, nodes: Tensor, apart: Tensor) -> Tensor:
-    """The RMS errors (B,) of a reuse of `offset` (B, 3), as the polynomial through the `nodes` (B, 3) shows them.
+def _finite(values: Array) -> Array:
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+@np.errstate(invalid="ignore")
+def observed(offsets: Array, nodes: Array, apart: Array) -> Array:
+    """The RMS errors (R, B) of reuses of `offsets` (R, B, 3), as the polynomial through the `nodes` (B, 3) shows them.
 
     apart: (B, 3) float64, the norms of y_k - y_r, y_2 - y_r and y_k - y_2, of which all combinations are made.
     """
-    k, _, two = owed(offsets, nodes).unbind(1)
-    side, other, across = torch.where(two[:, None] == 0, apart[:, :1], apart).square().unbind(1)  # there may be no y_2
+    weights = owed(offsets, nodes)
+    k, two = weights[..., 0], weights[..., 2]
+    squares = np.where(two[..., None] == 0, apart[:, :1], apart) ** 2  # there may be no y_2
+    side, other, across = (squares[..., i] for i in range(3))
     product = (side + other - across) / 2  # <y_k - y_r, y_2 - y_r>
-    return (k**2 * side + two**2 * other + 2 * k * two * product).clamp(min=0).sqrt()
+    return np.sqrt(np.maximum(k**2 * side + two**2 * other + 2 * k * two * product, 0))
 
 
-def beyond(used: Any, y_r: Any, evaluated: Tensor) -> Any:
+def beyond(used: Any, y_r: Any, evaluated: Array) -> Any:
     """What a reuse adds to the excess: used - y_r, a tree of (B, ...); zero of the samples `evaluated` (B,) bool."""
     last = used if evaluated.all() else y_r
     pairs = zip(tensors(used), tensors(last), strict=True)
     return _scaled(replace(used, [difference(*pair) for pair in pairs]), ~evaluated)
 
 
-def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any], excess: Any = None) -> Any:
+def repaid(state: Any, weights: Array, outputs: tuple[Any, Any, Any], excess: Any = None) -> Any:
     """A state, a tree of (B, ...), plus y_k, y_r, y_2 weighted by (B, 3), summing to 0, less the excess.
 
     In float32 or better.
@@ -93,20 +100,20 @@ def repaid(state: Any, weights: Tensor, outputs: tuple[Any, Any, Any], excess: A
 
     def sum_of(part: Tensor, y_k: Tensor, y_r: Tensor, y_2: Tensor, excess: Tensor | float) -> Tensor:
         wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        k, _, two = weights.unbind(1)
+        k, two = weights[:, 0], weights[:, 2]
         return (wide + _share(k, difference(y_k, y_r)) + _share(two, difference(y_2, y_r)) - excess).to(part.dtype)
 
     parts = zip(*map(tensors, (state, *outputs)), tensors(excess) or repeat(0.0), strict=False)
     return replace(state, [sum_of(*part) for part in parts])
 
 
-def _share(factors: Tensor, part: Tensor) -> Tensor:
+def _share(factors: Array, part: Tensor) -> Tensor:
     """A tensor (B, ...), each sample times its factor (B,), and 0 where that is 0, whatever the sample holds."""
     factor = spread(factors, part)
     return factor * part if factors.all() else torch.where(factor == 0, 0.0, factor * part)
 
 
-def _scaled(tree: Any, factors: Tensor) -> Any:
+def _scaled(tree: Any, factors: Array) -> Any:
     """`_share` of every tensor in a tree."""
     return replace(tree, [_share(factors, part) for part in tensors(tree)])
 
@@ -114,14 +121,14 @@ def _scaled(tree: Any, factors: Tensor) -> Any:
 class Ledger(Protocol):
     """Where a run enters what each query did."""
 
-    def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+    def enter(self, y: Any, note: Note, t: Array) -> Any:
         """The answer to hand out for a query at t (B,) that would be y."""
 
 
 class Notes(list[Note]):
     """A ledger for `Repaying`: the queries of the present step."""
 
-    def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+    def enter(self, y: Any, note: Note, t: Array) -> Any:
         self.append(note)
         return y
 
@@ -143,25 +150,26 @@ class Folding:
                 "`correct=False`."
             )
         weights = [torch.stack(stepper.weights(*step)).double() for step in pairwise(self.ts)]
-        self.state, self.gain = torch.stack(weights).T  # (K,) each
-        self.open: dict[int, tuple[Tensor, Any]] = {}  # moments (B, 3) and excess of each conditioning
-        self.folded: dict[int, tuple[Tensor, tuple[Any, Any, Any], Any]] = {}  # what its last query was repaid
+        self.state, self.gain = torch.stack(weights).T.numpy()  # (K,) each
+        self.begins, self.slack = self.ts[:-1].numpy(), float(self.ts.diff().abs().min() / 4)
+        self.open: dict[int, tuple[Array, Any]] = {}  # moments (B, 3) and excess of each conditioning
+        self.folded: dict[int, tuple[Array, tuple[Any, Any, Any], Any]] = {}  # what its last query was repaid
 
-    def enter(self, y: Any, note: Note, t: Tensor) -> Any:
+    def enter(self, y: Any, note: Note, t: Array) -> Any:
         if note.same.all():  # asked again, answered again
             return repaid(y, *self.folded[note.branch])
-        gap, k = (t[:, None] - self.ts[:-1]).abs().min(1)
-        on_grid = gap <= self.ts.diff().abs().min() / 4
-        moments, excess = self.open.get(note.branch, (torch.zeros(0, 3, dtype=torch.float64), None))
+        gaps = abs(t[:, None] - self.begins)
+        k, on_grid = gaps.argmin(1), gaps.min(1) <= self.slack
+        moments, excess = self.open.get(note.branch, (np.zeros((0, 3)), None))
         if len(moments) != len(t):
-            moments, excess = torch.zeros_like(note.offset), _scaled(note.excess, torch.zeros_like(t))
-        moments, excess = moments.masked_fill(note.anew[:, None], 0), _scaled(excess, ~note.anew)
-        share = torch.where(note.closes & on_grid, self.state[k] / self.gain[k], 0.0)
+            moments, excess = np.zeros_like(note.offset), _scaled(note.excess, np.zeros_like(t))
+        moments, excess = np.where(note.anew[:, None], 0.0, moments), _scaled(excess, ~note.anew)
+        share = np.where(note.closes & on_grid, self.state[k] / self.gain[k], 0.0)
         self.folded[note.branch] = owed(moments, note.nodes) * share[:, None], note.outputs, _scaled(excess, share)
 
         goes_on = ~note.closes & on_grid
-        state, gain = (torch.where(goes_on, weight[k], 0.0) for weight in (self.state, self.gain))
-        state, gain = torch.where(note.same, 1.0, state), torch.where(note.same, 0.0, gain)
+        state, gain = (np.where(goes_on, weight[k], 0.0) for weight in (self.state, self.gain))
+        state, gain = np.where(note.same, 1.0, state), np.where(note.same, 0.0, gain)
         moved = [
             a + b for a, b in zip(*map(tensors, (_scaled(excess, state), _scaled(note.excess, gain))), strict=True)
         ]
@@ -201,9 +209,12 @@ class Repaying:
         history, sums = memory or (None, [])
         dx, history = self.stepper.advance(field, x, t, t_next, history)
 
-        closes = torch.stack([note.closes for note in self.notes]).long()  # (Q, B)
+        closes = np.array([note.closes for note in self.notes])  # (Q, B)
+        ended = history is None and closes[-1].all()  # no gap is open after this step
+        if ended and not sums and closes.all():  # nor was one before
+            return dx, (None, [])
         lies_in = closes.cumsum(0)  # the gap of each query: 0 was open before, and each evaluation opens another
-        terms = [[note.offset for note in self.notes]]
+        terms = [[torch.from_numpy(note.offset) for note in self.notes]]
         if self.notes[0].excess is not None:
             terms.append([note.excess.reshape(len(x), -1) for note in self.notes])
         sums = sums or [Sums(torch.zeros_like(parts[0]), None) for parts in terms]
@@ -211,7 +222,7 @@ class Repaying:
 
         for note, closed in zip(self.notes, lies_in - closes, strict=True):
             dx, history = _repaid((dx, history), note, *(one.of(closed) for one in sums))
-        return dx, (history, [one.of(lies_in[-1]) for one in sums])
+        return dx, (history, [] if ended else [one.of(lies_in[-1]) for one in sums])
 
 
 class Sums(NamedTuple):
@@ -220,21 +231,25 @@ class Sums(NamedTuple):
     state: Tensor  # (B, n)
     history: Any
 
-    def step(self, stepper: Stepper, terms: list[Tensor], lies_in: Tensor, t: Tensor, t_next: Tensor) -> Sums:
-        """The sums of Q + 1 gaps side by side, (B, Q + 1, n), after a step of Q queries; the open gap becomes gap 0.
+    def step(self, stepper: Stepper, terms: list[Tensor], lies_in: Array, t: Tensor, t_next: Tensor) -> Sums:
+        """The sums of Q gaps side by side, (B, Q, n), after a step of Q queries; the open gap becomes gap 0.
 
-        terms: (B, n) of each query; lies_in: (Q, B) its gap.
+        terms: (B, n) of each query; lies_in: (Q, B) its gap. Gap Q, which the last query may open, holds nothing yet.
         """
-        gaps, first = len(terms) + 1, 0 * lies_in[0]
+        gaps, first = len(terms), 0 * lies_in[0]
         aside = iter([_in_gap(term, gap, gaps) for term, gap in zip(terms, lies_in, strict=True)])
         state, history = _each(self, lambda part: _in_gap(part, first, gaps))
         t, t_next = t.to(state.device), t_next.to(state.device)
         change, history = stepper.advance(lambda m, t: next(aside), state, t, t_next, history)
         return Sums(state + change, history)
 
-    def of(self, gap: Tensor) -> Sums:
+    def of(self, gap: Array) -> Sums:
         """Of gaps side by side, the sums (B, n) of `gap` (B,)."""
-        return _each(self, lambda part: part[torch.arange(len(gap)), gap])
+        if not gap.any():
+            return _each(self, lambda part: part[:, 0])
+        gaps, rows = self.state.shape[1], np.arange(len(gap))
+        begun = torch.from_numpy(gap < gaps).to(self.state.device)[:, None]
+        return _each(self, lambda part: torch.where(begun, part[rows, np.minimum(gap, gaps - 1)], 0.0))
 
 
 def _each(sums: Sums, change: Callable[[Tensor], Tensor]) -> Sums:
@@ -242,9 +257,11 @@ def _each(sums: Sums, change: Callable[[Tensor], Tensor]) -> Sums:
     return replace(sums, [change(part) if part.ndim > 1 else part for part in tensors(sums)])
 
 
-def _in_gap(sums: Tensor, gap: Tensor, gaps: int) -> Tensor:
+def _in_gap(sums: Tensor, gap: Array, gaps: int) -> Tensor:
     """Sums (B, n) as those of `gap` (B,) among several: (B, gaps, n), zero elsewhere."""
-    here = gap[:, None] == torch.arange(gaps)
+    if gaps == 1:
+        return sums[:, None]
+    here = torch.from_numpy(gap[:, None] == np.arange(gaps))
     return torch.where(here.to(sums.device)[:, :, None], sums[:, None], 0.0)
 
 
@@ -257,7 +274,7 @@ def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) 
     def one(part: Tensor, m: Tensor, e: Tensor | None) -> Tensor:
         if m.ndim < 2:  # a step's length
             return part
-        weights = torch.where(closed[:, None], owed(m, note.nodes), 0.0)
+        weights = np.where(closed[:, None], owed(m.numpy(), note.nodes), 0.0)
         taken_off = None if e is None else _share(closed, e.reshape(part.shape))
         return repaid(part, weights, note.outputs, taken_off)
 

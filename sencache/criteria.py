@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,11 +43,12 @@ class Planned:
     def direction(self) -> int:
         return self.plan.direction
 
+    @np.errstate(divide="ignore", invalid="ignore")
     def predicted(self, seen: Look) -> Tensor:
-        expected, difference = self.plan.predicted(seen.t_ref, seen.t)
-        own = (seen.difference / difference).sqrt().nan_to_num(1.0, posinf=1.0)
-        own = own.masked_fill(own == 0, 1.0)
-        return (expected * own).where(seen.distance < torch.inf, torch.inf)
+        expected, difference = self.plan.predicted(seen.t_ref.numpy(), seen.t.numpy())
+        own = (seen.difference.numpy() / difference) ** 0.5
+        own = np.where((own > 0) & (own < np.inf), own, 1.0)
+        return torch.from_numpy(np.where(seen.known.numpy(), expected * own, np.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,8 @@ class Scheduled:
         return self.stops.direction
 
     def predicted(self, seen: Look) -> Tensor:
-        reuse = ~self.stops.between(seen.t_ref, seen.t) & (seen.distance < torch.inf)
-        return torch.zeros_like(seen.t).where(reuse, torch.inf)
+        come = self.stops.between(seen.t_ref.numpy(), seen.t.numpy())
+        return torch.zeros_like(seen.t).where(~torch.from_numpy(come) & seen.known, torch.inf)
 
     @cached_property
     def stops(self) -> Stops:

@@ -1,139 +1,160 @@
 """What a run remembers: for every conditioning, each sample's last evaluation and where the last query stood.
 
-Shapes: x, y trees of tensors (B, ...); a clock is (B, T) float64 on the host, T = 1 unless tokens have times of their
-own. Everything kept is a detached copy, and nothing kept is ever handed out: samplers write in place.
+Shapes: x, y trees of tensors (B, ...); a clock is (B, T) float64, T = 1 unless tokens have times of their own. What is
+known of each sample is NumPy's, quick where there are few numbers; criteria are shown it as tensors. Everything kept is
+a detached copy, and nothing kept is ever handed out: samplers write in place.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from operator import eq
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sencache.norms import Norm, difference
-from sencache.report import Query
 from sencache.trees import leaves, replace, tensors
 
+Array = NDArray[Any]
 Key = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 Regime = Callable[[Tensor], Tensor]  # which network answers at times t: of t's shape, equal where it is the same one
 MOST_BRANCHES = 8
 
 
-class Look(NamedTuple):
-    """A query seen from memory: (B,) each, on the host."""
+@dataclass(eq=False)
+class Look:
+    """A query seen from memory: (B,) each, tensors on the host."""
 
     t: Tensor  # float64, where the sampler stands; of several tokens, the one that moved most
     t_ref: Tensor  # float64, where the last evaluation was
-    t_before: Tensor  # float64, where the one before it was; NaN where there is none
-    elapsed: Tensor  # float64, |t - t_ref|
-    distance: Tensor  # float64, norm of x - x_ref; infinite where the evaluation was not finite
+    t_before: Tensor  # float64, where the one before it was; NaN where there is none, or either was not finite
     difference: Tensor  # float64, norm of the last evaluation minus the one before it; infinite where there is none
     since: Tensor  # float64, |t - t of the query before|
     spent: Tensor  # float64, what the query before was measured by, 0 if that was an evaluation
-    same: Tensor  # bool, x and t are exactly those of the query before
     step: Tensor  # float64, the sign of t's move since the query before
+    known: Tensor  # bool, there is an evaluation, and it was finite
+    same: Tensor  # bool, x and t are exactly those of the query before
     anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
     other: Tensor  # bool, another network answers here than at the last evaluation
+    x: Any  # the query's state, a tree of (B, ...),
+    norm: Norm  # and how it is measured
     reference: tuple[Any, Any] | None = None  # x_ref and the output there, trees of (B, ...); None where there is none
     noted: Any = None  # what a `Watching` criterion noted down at the query before; None if there was none,
     now: Any = None  # and what it watches at this one
+
+    @property
+    def elapsed(self) -> Tensor:
+        """|t - t_ref|, float64."""
+        return (self.t - self.t_ref).abs()
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """The norm of x - x_ref, float64; infinite where nothing is known. The device is waited for if it is asked."""
+        if self.reference is None:
+            return torch.full_like(self.t, torch.inf)
+        return apart(self.x, self.reference[0], self.norm).cpu().where(self.known, torch.inf)
 
 
 class Branch:
     """The memory of one conditioning, from its first evaluation on."""
 
     x: Any  # the references: where each sample was last evaluated,
-    t: Tensor  # (B, T) when,
+    t: Array  # (B, T) when,
     y: Any  # and what came out,
     stack: Any  # by way of what the blocks added, where that is reused instead of y; else None
-    finite: Tensor  # (B,) bool, on the device: whether y can be reused at all
-    t_before: Tensor  # (B, T) when the evaluation before was; NaN where there is none,
+    finite: Array  # (B,) bool, whether y can be reused at all
+    t_before: Array  # (B, T) when the evaluation before was; NaN where there is none, or no line through both,
     y_before: Any  # and what came out,
     stack_before: Any  # by way of
-    difference: Tensor  # (B,) on the device, the norm of y - y_before
-    spent: Tensor  # (B,) float64, what the last query was measured by, 0 if that was an evaluation
-    reuses: Tensor  # (B,) int64, m: of y, in a row
-    open: list[tuple[Query, Tensor, Tensor]]  # reuses not yet observed: of which samples (B,), at what offsets (B, 3)
+    apart: Array  # (B, 3) norms of y - y_before; of that between the two before; and of y and the earliest of the three
+    spent: Array  # (B,) float64, what the last query was measured by, 0 if that was an evaluation
+    reuses: Array  # (B,) int64, m: of y, in a row
+    open: list[tuple[Array, Array, Array]]  # reuses not yet observed: where to enter it, of which samples, at what
+    #                                         offsets; (B,), (B,) bool and (B, 3)
     noted: Any  # what the criterion wants to be shown at the next query, a tree of (B, ...)
     last_x: Any  # the query before the present one
-    last_t: Tensor  # (B, T)
-    direction: Tensor  # (B,) float64, the sign of t's first move; 0 before it
+    last_t: Array  # (B, T)
+    direction: Array  # (B,) float64, the sign of t's first move; 0 before it
 
     def __init__(self, number: int):
         self.number = number  # in the order of appearance
         self.y = self.y_before = self.noted = None
         self.open = []
 
-    def look(self, x: Any, clock: Tensor, norm: Norm, regime: Regime) -> Look:
-        """Compare a query with the memory, at the price of one transfer from the device, or two if t is asked again."""
+    def look(self, x: Any, clock: Array, norm: Norm, regime: Regime) -> Look:
+        """Compare a query with the memory."""
         if self.y is None or _kind(x) != _kind(self.x) or clock.shape != self.t.shape:  # another trajectory
-            return self._begin(clock)
-        distance = torch.where(self.finite, apart(x, self.x, norm), torch.inf)
-        distance, difference = torch.stack([distance, self.difference]).cpu()
-
+            return self._begin(x, clock, norm)
         t, t_ref, t_before = _most(clock - self.t, clock, self.t, self.t_before)
         now, last = _most(clock - self.last_t, clock, self.last_t)
-        step, since = (now - last).sign(), (now - last).abs()
-        same = (clock == self.last_t).all(1) & (distance < torch.inf)
+        step, same = np.sign(now - last), (clock == self.last_t).all(1) & self.finite
         if same.any():
             parts = zip(tensors(x), tensors(self.last_x), strict=True)
             unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts])
-            same &= unmoved.all(0).cpu()
-        anew, elapsed = step * self.direction < 0, (t - t_ref).abs()
-        other = (regime(clock) != regime(self.t)).any(1) & ~anew
-        known = (self.x, self.y), self.noted
-        return Look(
-            t, t_ref, t_before, elapsed, distance, difference, since, self.spent, same, step, anew, other, *known
-        )
+            same &= unmoved.all(0).cpu().numpy()
+        anew = step * self.direction < 0
+        other = np.zeros(len(anew), dtype=bool)
+        if regime is not one_network:
+            here, there = regime(torch.from_numpy(clock)), regime(torch.from_numpy(self.t))
+            other = (here != there).any(1).numpy() & ~anew
+        numbers = torch.from_numpy(np.array([t, t_ref, t_before, self.apart[:, 0], abs(now - last), self.spent, step]))
+        truths = torch.from_numpy(np.array([self.finite, same, anew, other]))
+        told: list[Any] = [*numbers.unbind(), *truths.unbind(), x, norm, (self.x, self.y), self.noted]
+        return Look(*told)
 
-    def _begin(self, clock: Tensor) -> Look:
-        """Nothing to compare with: infinitely far from a memory that has to be made."""
-        anew, t = self.y is not None, clock[:, 0]
+    def _begin(self, x: Any, clock: Array, norm: Norm) -> Look:
+        """Nothing to compare with: a memory that has to be made."""
+        anew, t = self.y is not None, torch.from_numpy(clock[:, 0].copy())
         zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
         self.y, self.y_before, self.open = None, None, []
-        self.direction, self.spent, self.reuses = zero, zero, no.long()
-        return Look(t, t, t * torch.nan, zero, infinite, infinite, zero, zero, no, zero, no | anew, no)
+        self.direction, self.spent, self.reuses = np.zeros(len(t)), np.zeros(len(t)), np.zeros(len(t), dtype=np.int64)
+        self.apart = np.full((len(t), 3), np.inf)
+        return Look(t, t, t * torch.nan, infinite, zero, zero, zero, no, no, no | anew, no, x, norm)
 
-    def keep(self, rows: Tensor, x: Any, clock: Tensor, y: Any, stack: Any, anew: Tensor, norm: Norm) -> None:
+    def keep(self, rows: Array, x: Any, clock: Array, y: Any, stack: Any, anew: Array, norm: Norm) -> None:
         """Move the reference of the samples `rows` (B,) bool to this query; y and stack are of these alone.
 
-        What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none.
+        What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none. How
+        far apart they are is asked of the device, once.
         """
-        # 0 times what is not finite is NaN; quicker than isfinite
-        finite = torch.stack([(part * 0).reshape(len(part), -1).sum(1) == 0 for part in tensors(y)]).all(0)
+        earliest, every = self.y_before, rows.all()
         if self.y is None:
-            self.x, self.y, self.stack, self.t, self.finite = copy(x), copy(y), copy(stack), clock, finite
-            self.y_before, self.stack_before, self.t_before = self.y, self.stack, torch.full_like(clock, torch.nan)
+            self.x, self.y, self.stack, self.t = copy(x), copy(y), copy(stack), clock
+            self.y_before, self.stack_before, self.t_before = self.y, self.stack, np.full_like(clock, np.nan)
         else:
-            fits = torch.where(anew[:, None], torch.nan, self.t)
-            self.t_before = torch.where(rows[:, None], fits, self.t_before)
-            self.y_before, self.stack_before = self._moved(rows)
-            self.x, self.y = merge(rows, take(rows, x), self.x), merge(rows, y, self.y)
-            self.stack = merge(rows, stack, self.stack)
-            self.finite = merge(rows, finite, self.finite)
-            self.t = torch.where(rows[:, None], clock, self.t)
-        moved = apart(self.y, self.y_before, norm)
-        self.difference = torch.where(self.t_before.isnan().all(1).to(moved.device), torch.inf, moved)
-        self.reuses, self.spent = self.reuses.masked_fill(rows, 0), self.spent.masked_fill(rows, 0)
+            self.t_before = np.where(rows[:, None], np.where(anew[:, None], np.nan, self.t), self.t_before)
+            pairs = (self.y, self.y_before), (self.stack, self.stack_before)
+            self.y_before, self.stack_before = (
+                last if every else merge(rows, take(rows, last), before) for last, before in pairs
+            )
+            self.x, self.y, self.stack = (
+                merge(rows, new, old) for new, old in ((take(rows, x), self.x), (y, self.y), (stack, self.stack))
+            )
+            self.t = np.where(rows[:, None], clock, self.t)
+        measured = [_zero(self.y), apart(self.y, self.y_before, norm)]
+        if self.open:
+            measured.append(apart(self.y, earliest, norm))
+        zero, moved, *across = torch.stack(measured).cpu().numpy()
+        moved = np.where(np.isnan(self.t_before).all(1), np.inf, moved)
+        self.apart = np.stack([moved, self.apart[:, 0], *(across or [moved])], 1)
+        self.finite, no_line = zero == 0, ~(moved < np.inf)
+        if no_line.any():
+            self.t_before = np.where(no_line[:, None], np.nan, self.t_before)
+        self.reuses, self.spent = np.where(rows, 0, self.reuses), np.where(rows, 0.0, self.spent)
 
-    def _moved(self, rows: Tensor) -> tuple[Any, Any]:
-        """What becomes the evaluation before, once the samples `rows` (B,) bool are evaluated."""
-        if rows.all():
-            return self.y, self.stack
-        pairs = (self.y, self.y_before), (self.stack, self.stack_before)
-        return tuple(merge(rows, take(rows, last), before) for last, before in pairs)
-
-    def stand(self, x: Any, clock: Tensor, step: Tensor, spent: Tensor, reused: Tensor) -> None:
+    def stand(self, x: Any, clock: Array, step: Array, spent: Array, reused: Array) -> None:
         """Remember where this query stood and how it fared; the first move of t sets a sample's direction."""
-        self.last_x, self.last_t = copy(x), clock
-        self.direction = torch.where(self.direction == 0, step, self.direction)
+        self.direction = np.where(self.direction == 0, step, self.direction)
         self.reuses = self.reuses + reused  # Alg. 1: m = m + 1
-        self.spent = torch.where(reused, spent, self.spent)
+        self.last_x, self.last_t = copy(x) if self.reuses.any() else self.x, clock
+        self.spent = np.where(reused, spent, self.spent)
 
 
 class Branches:
@@ -149,7 +170,7 @@ class Branches:
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Branch:
         """The branch of this conditioning, new if it was not met before."""
-        key = self.key(args, kwargs) if self.key else _identity(args, kwargs)
+        key = self.key(args, kwargs) if self.key else _identity(args, kwargs) if args or kwargs else []
         for known, branch in self.known:
             if known == key if self.key else _alike(known, key):
                 return branch
@@ -182,38 +203,43 @@ def batch_of(x: Any) -> int:
     return len(parts[0])
 
 
-def clock_of(t: Tensor | float, batch: int) -> Tensor:
-    """t as (B, T) float64 on the host, whatever way the sampler writes it."""
-    clock = torch.as_tensor(t, dtype=torch.float64).detach().cpu().clone()
+def clock_of(t: Tensor | float, batch: int) -> Array:
+    """t as (B, T) float64, whatever way the sampler writes it."""
+    clock = np.array(_plain(t) if isinstance(t, Tensor) else t, dtype=np.float64)
     if clock.ndim and clock.shape[0] not in (1, batch):
-        raise ValueError(f"t must be a float, (), (B,) or (B, T) with B = {batch}; got shape {tuple(clock.shape)}.")
-    return clock.reshape(clock.shape[0] if clock.ndim else 1, -1).expand(batch, -1)
+        raise ValueError(f"t must be a float, (), (B,) or (B, T) with B = {batch}; got shape {clock.shape}.")
+    clock = clock.reshape(clock.shape[0] if clock.ndim else 1, -1)
+    return clock if len(clock) == batch else clock.repeat(batch, 0)
+
+
+def _plain(t: Tensor) -> Array | float:
+    return t.detach().cpu().double().numpy() if t.ndim else t.item()
 
 
 def copy(tree: Any) -> Any:
     return replace(tree, [part.detach().clone() for part in tensors(tree)])
 
 
-def take(rows: Tensor, tree: Any) -> Any:
+def take(rows: Array | Tensor, tree: Any) -> Any:
     """The samples `rows` (B,) bool of every tensor; if these are all, the tree itself."""
     if rows.all():
         return tree
-    at = rows.nonzero()[:, 0]
+    at = torch.as_tensor(rows).nonzero()[:, 0]
     return replace(tree, [part[at.to(part.device)] for part in tensors(tree)])
 
 
-def merge(rows: Tensor, new: Any, old: Any) -> Any:
+def merge(rows: Array, new: Any, old: Any) -> Any:
     """A copy of `old` with its samples `rows` (B,) bool replaced, in order, by the tensors of `new`."""
     if rows.all() and _kind(new) == _kind(old):
         return replace(old, [part.detach().clone() for part in tensors(new)])
-    at = rows.nonzero()[:, 0]
+    at = torch.from_numpy(rows).nonzero()[:, 0]
     pairs = zip(tensors(old), tensors(new), strict=True)
     return replace(old, [was.index_copy(0, at.to(was.device), part.detach()) for was, part in pairs])
 
 
-def spread(values: Tensor, like: Tensor) -> Tensor:
+def spread(values: Array | Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ...) of the dtype and on the device of `like` (B, ...)."""
-    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+    return torch.as_tensor(values).to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def apart(a: Any, b: Any, norm: Norm) -> Tensor:
@@ -226,12 +252,18 @@ def apart(a: Any, b: Any, norm: Norm) -> Tensor:
     return (squares.sum(0) / sum(sizes)).sqrt()
 
 
-def _most(moved: Tensor, *clocks: Tensor) -> list[Tensor]:
+def _zero(y: Any) -> Tensor:
+    """0 (B,) float64, and NaN of samples that are not finite: quicker than isfinite."""
+    zeros = [(part * 0).reshape(len(part), -1).sum(1).double() for part in tensors(y)]
+    return zeros[0] if len(zeros) == 1 else torch.stack(zeros).sum(0)
+
+
+def _most(moved: Array, *clocks: Array) -> list[Array]:
     """The reading (B,) of each clock at the token that moved most."""
     if moved.shape[1] == 1:
         return [clock[:, 0] for clock in clocks]
-    token = moved.abs().argmax(1, keepdim=True)
-    return [clock.gather(1, token)[:, 0] for clock in clocks]
+    token = abs(moved).argmax(1)[:, None]
+    return [np.take_along_axis(clock, token, 1)[:, 0] for clock in clocks]
 
 
 def _kind(tree: Any) -> list[tuple[torch.Size, torch.dtype, torch.device]]:

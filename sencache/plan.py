@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sencache.discretisation import discretisation
-from sencache.memory import Regime, one_network
+from sencache.memory import Array, Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
 from sencache.schedule import HEARD, Problem, integrated, quadratic, schedules
@@ -53,14 +54,14 @@ class Plan:
         """The sign of dt along the grid."""
         return self.stops.direction
 
-    def predicted(self, t_ref: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def predicted(self, t_ref: Array, t: Array) -> tuple[Array, Array]:
         """The expected error (B,) of a reuse at t of what was evaluated at t_ref, infinite if a node lies between.
 
         And the difference (B,) of the two evaluations before it that goes with this expectation.
         """
-        nearest = (self.times - t[:, None]).abs().argmin(1)
-        come = self.stops.between(t_ref, t)
-        return self.change[nearest].masked_fill(come, torch.inf), self.difference[nearest]
+        nearest = abs(self.stops.times - t[:, None]).argmin(1)
+        change = np.where(self.stops.between(t_ref, t), np.inf, self.change.numpy()[nearest])
+        return change, self.difference.numpy()[nearest]
 
     @cached_property
     def stops(self) -> Stops:
@@ -71,15 +72,16 @@ class Stops:
     """The nodes (N,) among the query times (T,) of a grid, as something that a sampler comes to."""
 
     def __init__(self, times: Tensor, nodes: Tensor):
-        self.direction = 1 if times[-1] > times[0] else -1
-        self.slack = float(times.diff().abs().min() / 2) if len(times) > 1 else 0.0
-        self.earliest, self.latest = float(times.min()) - self.slack, float(times.max()) + self.slack
-        self.due = times[nodes] * self.direction  # rising
+        self.times: Array = times.numpy()
+        self.direction = 1 if self.times[-1] > self.times[0] else -1
+        self.slack = abs(np.diff(self.times)).min() / 2 if len(self.times) > 1 else 0.0
+        self.earliest, self.latest = self.times.min() - self.slack, self.times.max() + self.slack
+        self.due = self.times[nodes.numpy()] * self.direction  # rising
 
-    def between(self, t_ref: Tensor, t: Tensor) -> Tensor:
+    def between(self, t_ref: Array, t: Array) -> Array:
         """Whether one of them has come since t_ref (B,), or t (B,) is not on the grid at all."""
-        now = torch.stack([t, t_ref]) * self.direction + self.slack
-        passed, before = torch.searchsorted(self.due, now, right=True)
+        now = np.array([t, t_ref]) * self.direction + self.slack
+        passed, before = self.due.searchsorted(now, "right")
         return (passed > before) | (t < self.earliest) | (t > self.latest)
 
 

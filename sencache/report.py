@@ -43,10 +43,10 @@ class Report:
         self.stable = True  # `Plan.stable`: whether no gap is known to be so long that errors can grow
         self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
-    def add(self, query: Query, anew: Tensor) -> None:
-        """Record a query; `anew` (B,) bool tells the samples for which it began another trajectory."""
+    def add(self, query: Query, anew: bool) -> None:
+        """Record a query; `anew` says whether it began another trajectory for any sample."""
         self.trace.append(query)
-        self.resets += int(anew.any())
+        self.resets += anew
 
     @property
     def queries(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.memory import copy, spread
+from sencache.memory import Array, copy, spread
 from sencache.trees import replace, tensors
 
 REACH = 4.0  # how many times the span between two evaluations a line through them is continued
@@ -37,15 +37,16 @@ def linear(s: Tensor, s_ref: Tensor, s_before: Tensor) -> Tensor:
 REUSES: dict[str, Phi] = {"hold": hold, "linear": linear}
 
 
-def continued(last: Any, before: Any, phi: Tensor) -> Any:
+def continued(last: Any, before: Any, phi: Array) -> Any:
     """A copy of each sample's last evaluation, continued by phi (B,) of its difference from the one before."""
     if not phi.any():
         return copy(last)
 
     def along(y: Tensor, y_before: Tensor) -> Tensor:
-        share = spread(phi, y)
+        shares = torch.from_numpy(phi).to(y.dtype)
+        share = spread(shares, y)
         line = torch.lerp(y, y_before, -share)
-        return line if phi.to(y.dtype).all() else torch.where(share == 0, y, line)
+        return line if shares.all() else torch.where(share == 0, y, line)
 
     return replace(last, [along(*pair) for pair in zip(tensors(last), tensors(before), strict=True)])
 

@@ -3,7 +3,7 @@
 A `Run` is one trajectory under a `Rule`. For every conditioning it remembers each sample's last evaluation, and it is
 itself a velocity field. Every sample decides for itself.
 
-Shapes: x (B, ...); t float, (), (B,) or (B, T) with T tokens; what a decision is made of, (B,) on the host.
+Shapes: x (B, ...); t float, (), (B,) or (B, T) with T tokens; what a decision is made of, (B,), NumPy's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sencache.correct import Ledger, Note, beyond, observed, offset
 from sencache.criteria import Gains
-from sencache.memory import Branch, Branches, Key, Look, apart, batch_of, clock_of, merge, one_network, take
+from sencache.memory import Array, Branch, Branches, Key, Look, batch_of, clock_of, merge, one_network, take
 from sencache.norms import Norm, difference
 from sencache.report import Query, Report
 from sencache.reuse import Phi, Variable, continued
@@ -78,9 +79,9 @@ class Rule:
         """What a reuse now is measured by (B,), beside the tolerance: its change, or the sum of gain times change."""
         return change if self.gains is None else seen.spent + self.gains.at(seen) * change
 
-    def epsilon(self, t: Tensor) -> Tensor:
+    def epsilon(self, t: Tensor) -> Array:
         """The tolerance at times t (B,), (B,) float64."""
-        values = torch.tensor([float(self.tolerance(at)) for at in t.tolist()], dtype=torch.float64)
+        values = np.array([float(self.tolerance(at)) for at in t.tolist()])
         if not (values >= 0).all():
             raise ValueError(f"`tolerance` must be 0 or more at every t; got {values.tolist()} at {t.tolist()}.")
         return values
@@ -103,43 +104,45 @@ class Run:
         clock, branch = clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
         seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
-        check_direction(rule.criterion.direction, seen.step * (branch.direction == 0))
+        if not branch.direction.all():
+            check_direction(rule.criterion.direction, seen.step * torch.from_numpy(branch.direction == 0))
         if watcher:
-            seen = seen._replace(now=watcher.watch(x, t, *args, **kwargs))
+            seen.now = watcher.watch(x, t, *args, **kwargs)
 
-        predicted, epsilon = rule.criterion.predicted(seen), rule.epsilon(seen.t)  # S, Eq. 9
-        spent = rule.spent(predicted, seen)
-        small = (spent <= epsilon) & (spent.abs() < math.inf) & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
-        anew = seen.anew | seen.other  # nothing known is of any use
-        reused = small & (branch.reuses < rule.max_reuses) & ~anew & ~seen.same  # Alg. 1: S <= eps and m < n
-        needed = computed = ~(reused | seen.same)
+        predicted = rule.criterion.predicted(seen).detach().cpu().double()  # S, Eq. 9
+        spent, epsilon = rule.spent(predicted, seen).numpy(), rule.epsilon(seen.t)
+        small = (spent <= epsilon) & (abs(spent) < math.inf) & (epsilon > 0)  # Eq. 10; epsilon = 0 reuses nothing
+        known, same, begun = seen.known.numpy(), seen.same.numpy(), seen.anew.numpy()
+        anew = begun | seen.other.numpy()  # nothing known is of any use
+        reused = small & (branch.reuses < rule.max_reuses) & known & ~anew & ~same  # Alg. 1: S <= eps and m < n
+        needed = computed = ~(reused | same)
+        every = needed.all()
 
-        before = seen.t_before.where(seen.difference < math.inf, math.nan)  # no line through what is not finite
-        nodes = rule.variable(torch.stack([seen.t, seen.t_ref, before], 1))
-        s, s_ref, s_before = nodes.unbind(1)
-        phi = rule.phi(s, s_ref, s_before).masked_fill(needed, 0)
+        s = rule.variable(torch.stack([seen.t, seen.t_ref, seen.t_before], 1))
+        phi = np.zeros(len(clock)) if every else np.where(needed, 0.0, rule.phi(*s.unbind(1)).numpy())
+        nodes = s.numpy()
         y, earlier = None, (branch.y, branch.y_before)  # y_r, y_2
-        owes = offset(s - s_ref, phi) * ~needed[:, None]
+        owes = offset(nodes[:, 0] - nodes[:, 1], phi) * ~needed[:, None]
         if needed.any():
             # Alg. 1: y = f(x, t)
             (y, stack), computed = _evaluate(self.field, rule.payload, needed, x, t, args, kwargs)
             if _recorded(y):
-                return self.bypass(y if needed.all() else self.field(x, t, *args, **kwargs), x, t)
+                return self.bypass(y if every else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, stack, anew, rule.norm)  # Alg. 1: the reference moves; m = 0
-            self._observe(branch, needed, anew, nodes, seen.difference, earlier[1])
+            self._observe(branch, needed, anew, nodes)
         if watcher:
-            branch.noted = watcher.note(seen, needed, y)
-        branch.stand(x, clock, seen.step, spent, reused)
+            branch.noted = watcher.note(seen, torch.from_numpy(needed), y)
+        branch.stand(x, clock, seen.step.numpy(), spent, reused)
 
-        with torch.inference_mode(False):  # it is filled in later, whatever mode rules then
-            unknown = torch.full(predicted.shape, torch.nan, dtype=torch.float64)
-        query = Query(seen.t, predicted, reused, seen.same, computed, branch.number, unknown, spent)
-        self.report.add(query, seen.anew)
-        if needed.all():
+        unknown = np.full(len(clock), math.nan)
+        decided, paid, later = (torch.from_numpy(each) for each in (reused, computed, unknown))
+        query = Query(seen.t, predicted, decided, seen.same, paid, branch.number, later, torch.from_numpy(spent))
+        self.report.add(query, bool(begun.any()))
+        if every:
             answer = y
         elif rule.payload == "output":
             answer = continued(branch.y, branch.y_before, phi)
-            branch.open += [(query, reused, owes)] if reused.any() else []
+            branch.open += [(unknown, reused, owes)] if reused.any() else []
         else:
             stack, fresh = continued(branch.stack, branch.stack_before, phi), branch.reuses == 0
             head = _state_plus if rule.payload == "difference" else self.field.head
@@ -148,29 +151,23 @@ class Run:
             return answer
         excess = None
         if rule.payload != "output":  # y_r + phi (y_r - y_2) is not what was used
-            excess, owes = beyond(answer, earlier[0], needed), owes * owes.new_tensor([1, 1, 0])
-        note = Note(owes, excess, needed, nodes, (branch.y, *earlier), anew, seen.same, branch.number)
-        return self.ledger.enter(answer, note, seen.t)
+            excess, owes = beyond(answer, earlier[0], needed), owes * [1, 1, 0]
+        note = Note(owes, excess, needed, nodes, (branch.y, *earlier), anew, same, branch.number)
+        return self.ledger.enter(answer, note, seen.t.numpy())
 
-    def _observe(self, branch: Branch, rows: Tensor, anew: Tensor, nodes: Tensor, before: Tensor, y_2: Any) -> None:
+    def _observe(self, branch: Branch, rows: Array, anew: Array, nodes: Array) -> None:
         """Enter in the record how far off the reuses were of the samples `rows` (B,), now that these are evaluated.
 
         Of a sample that is `anew` (B,) it will never be known.
         """
         if not branch.open:
             return
-        closed = (torch.stack([left for _, left, _ in branch.open]) & rows).any(1).tolist()
-        if not any(closed):
-            return
-        across = apart(branch.y, y_2, self.rule.norm)
-        distances = torch.stack([branch.difference, before.to(across), across], 1).cpu()
-        still = [entry for entry, done in zip(branch.open, closed, strict=True) if not done]
-        for (query, left, owes), done in zip(branch.open, closed, strict=True):
-            if done:
-                error = observed(owes, nodes, distances)
-                query.observed.copy_(torch.where(rows & left & ~anew, error, query.observed))
-                if (left & ~rows).any():
-                    still.append((query, left & ~rows, owes))
+        errors = observed(np.array([owes for _, _, owes in branch.open]), nodes, branch.apart)
+        still = []
+        for (record, left, owes), error in zip(branch.open, errors, strict=True):
+            np.copyto(record, error, where=rows & left & ~anew)
+            if (left & ~rows).any():
+                still.append((record, left & ~rows, owes))
         branch.open = still
 
     def forget(self) -> None:
@@ -186,15 +183,16 @@ class Run:
             stacklevel=4,
         )
         self.branches.clear()
-        t = clock_of(t, len(tensors(x)[0]))[:, 0]
-        none = torch.zeros_like(t, dtype=torch.bool)
+        at = torch.from_numpy(clock_of(t, len(tensors(x)[0])))[:, 0]
+        none = np.zeros(len(at), dtype=bool)
         if self.ledger is not None:
-            nodes = torch.full((len(t), 3), math.nan, dtype=torch.float64)
+            nodes = np.full((len(at), 3), math.nan)
             excess = beyond(y, None, ~none) if self.rule.payload != "output" else None
-            y = self.ledger.enter(y, Note(torch.zeros_like(nodes), excess, none, nodes, (y, y, y), ~none, none, 0), t)
+            note = Note(np.zeros_like(nodes), excess, none, nodes, (y, y, y), ~none, none, 0)
+            y = self.ledger.enter(y, note, at.numpy())
         self.report.bypasses += 1
-        infinite, unknown = torch.full_like(t, math.inf), torch.full_like(t, math.nan)
-        self.report.add(Query(t, infinite, none, none, ~none, 0, unknown, infinite), none)
+        infinite, no = torch.full_like(at, math.inf), torch.from_numpy(none)
+        self.report.add(Query(at, infinite, no, no, ~no, 0, torch.full_like(at, math.nan), infinite), False)
         return y
 
 
@@ -206,12 +204,12 @@ def _recorded(tree: Any) -> bool:
 def _evaluate(
     field: Any,
     payload: str,
-    needed: Tensor,
+    needed: Array,
     x: Any,
     t: Tensor | float,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[tuple[Any, Any], Tensor]:
+) -> tuple[tuple[Any, Any], Array]:
     """Output and stack of the samples `needed` (B,) bool, and which samples (B,) were computed for it."""
 
     def both(field: Any, x: Any, t: Tensor | float) -> tuple[Any, Any]:
@@ -224,9 +222,9 @@ def _evaluate(
     if needed.all():
         return both(field, x, t), needed
     if not hasattr(field, "select"):
-        return take(needed, both(field, x, t)), torch.ones_like(needed)
+        return take(needed, both(field, x, t)), np.ones_like(needed)
     own_times = isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(needed)
-    few, count = field.select(needed.nonzero()[:, 0]), int(needed.sum())
+    few, count = field.select(torch.from_numpy(needed.nonzero()[0])), int(needed.sum())
     y, stack = both(few, take(needed, x), take(needed, t) if own_times else t)
     wrong = [tuple(part.shape) for part in tensors(y) if len(part) != count]
     if wrong:

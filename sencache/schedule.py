@@ -74,7 +74,7 @@ class Problem:
             u = s - s_ref[:, None]
             moments = torch.stack([(weight * part).sum(1) for part in (u, u**2, phi)], 1)
             nodes = torch.stack([s[end.clamp(max=size - 1)], s_ref, s_before], 1)
-            repaid = owed(moments, nodes) * later[:, None]
+            repaid = torch.from_numpy(owed(moments.numpy(), nodes.numpy())) * later[:, None]
             for node, share in zip((end.clamp(max=size - 1), ref, before.clamp(min=0)), repaid.unbind(1), strict=True):
                 left[rows, node] -= share
         return left
@@ -125,7 +125,7 @@ class Problem:
             if self.correct:
                 moments = torch.stack([first[ref], second[ref], used], -1)[:, :size]
                 nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
-                repaid[:, :size] = owed(moments.reshape(-1, 3), nodes.reshape(-1, 3)).reshape(moments.shape)
+                repaid[:, :size] = torch.from_numpy(owed(moments.numpy(), nodes.numpy()))
                 repaid[:, :size] *= self.together(ref[:, None], j)[..., None]
             parts = torch.stack([torch.zeros_like(used), -total[ref] - used, used], -1)  # before it is repaid
             with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>

@@ -28,7 +28,7 @@ def step_of(ts: Tensor, t: Tensor) -> Tensor:
 def due(ts: Tensor, seen: Look, first: int, last: int) -> Tensor:
     """Whether samples (B,) must be evaluated: in the `first` and the `last` steps of ts (K + 1,), or with no output."""
     k = step_of(ts, seen.t)
-    return (k < first) | (k >= len(ts) - 1 - last) | ~seen.distance.isfinite()
+    return (k < first) | (k >= len(ts) - 1 - last) | ~seen.known
 
 
 def grid_of(ts: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Calls:
 
     def _on_grid(self, t: Tensor | float, batch: int) -> Tensor:
         """t as (B,) float64, without the rounding of the sampler's own precision."""
-        clock = clock_of(t, batch)[:, 0].contiguous()
+        clock = torch.from_numpy(clock_of(t, batch)[:, 0].copy())
         rounding = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 1e-12
         slack = max(1e-3 * float(self.times.diff().min()), rounding * float(self.times.abs().max()))
         off, nearest = (clock[:, None] - self.times).abs().min(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,8 @@ def unfold(samples: Tensor, rows: int) -> Tensor:
 
 def agreed(notes: list[Note], batch: int) -> Asked | None:
     """What all calls of a step did, or None where some were evaluated and others not."""
-    said = [Asked(*(fold(part, batch) for part in (note.offset, note.closes, note.nodes))) for note in notes]
+    parts = [map(torch.from_numpy, (note.offset, note.closes, note.nodes)) for note in notes]
+    said = [Asked(*(fold(part, batch) for part in each)) for each in parts]
     alike = all(
         torch.equal(one.offset, said[0].offset)
         and torch.equal(one.closes, said[0].closes)
@@ -93,7 +95,7 @@ class Debts:
         outputs, changed = (y, self.y_r, self.y_r if self.y_2 is None else self.y_2), {}
         for slot, row in self.sampler.weights[k].items():
             moments = torch.einsum("n,nbm->bm", row, self.open)
-            weights = torch.where(step.closes[:, None], owed(moments, nodes), 0.0)
+            weights = np.where(step.closes[:, None].numpy(), owed(moments.numpy(), nodes.numpy()), 0.0)
             if weights.any() and slot in states:
                 changed[slot] = repaid(states[slot], weights, outputs)
         return changed

@@ -61,7 +61,7 @@ class Drift:
         self.said = torch.full((len(debts.closes),), torch.inf, dtype=torch.float64)
 
     def predicted(self, seen: Look) -> Tensor:
-        return torch.where(seen.distance.isfinite(), unfold(self.said, len(seen.t)), torch.inf)
+        return torch.where(seen.known, unfold(self.said, len(seen.t)), torch.inf)
 
     def stepped(self, k: int) -> None:
         """Call k is done: look ahead to the next."""
