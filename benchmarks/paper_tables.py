@@ -180,12 +180,14 @@ def draw() -> None:
     ):
         bars(axis, [float(row["NFE"]) for row in rows], rows, color=BLUE)
         same = {row["NFE"]: [other[name] for other in rows if other["NFE"] == row["NFE"]] for row in rows}
+        span = max(map(float, same)) - min(map(float, same))
         for row in rows:
             first, *rest = same[row["NFE"]]
             text = f"{'n' if name == 'n' else 'ε'} = {first}" + (f" to {rest[-1]}" if rest else "")
-            axis.annotate(
-                text, (float(row["NFE"]), float(row["PSNR"])), (8, -12), textcoords="offset points", fontsize=9
-            )
+            x, y = float(row["NFE"]), float(row["PSNR"])
+            crowded = any(0 < float(other["NFE"]) - x < 0.15 * span for other in rows)  # on the right
+            place: dict[str, Any] = {"xytext": (-8, 5), "ha": "right"} if crowded else {"xytext": (8, -12)}
+            axis.annotate(text, (x, y), textcoords="offset points", fontsize=9, **place)
         axis.set_xlabel("evaluations of 50")
         axis.margins(x=0.2)
         axis.set_title(title)

@@ -56,6 +56,10 @@ class SensitivityProfile:
             if value.ndim != 1 or value.shape != self.t.shape:
                 came = f"{tuple(value.shape)} beside t's {tuple(self.t.shape)}"
                 raise ValueError(f"t, alpha_x and alpha_t must be of one shape (M,); got {name} of shape {came}.")
+        for name in OPTIONAL:
+            part = getattr(self, name)
+            if part is not None and part.is_floating_point():
+                object.__setattr__(self, name, part.detach().double().cpu())
         steps = self.t.diff()
         if not len(self.t) or not self.t.isfinite().all() or (steps * steps[:1].sign() <= 0).any():
             raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")

@@ -40,7 +40,7 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. Budgets between two rehearsed ones take the larger factor of both; below the least and above the
-    largest nothing is promised but by evaluating everything. The default budgets are seven from 1/5 to 4/5 of the full
+    largest nothing is promised but by evaluating everything. The default budgets are nine from 1/10 to 9/10 of the full
     run's. Pays for a full run, and another for each budget, in which reuses are compared with the truth.
 
     Raises ValueError for a stepper that asks for several outputs a step, and for one whose noise is drawn anew in each
@@ -57,7 +57,7 @@ def rehearse(
     profile = replace(profile, budgets=None, factors=None, ratios=None, facts=facts)
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
-    budgets = tuple(sorted(set(budgets or (max(networks, n) for n in usual_budgets(steps))) - {0}))
+    budgets = tuple(sorted(set(budgets) or usual_budgets(steps, networks)))
     factors, ratios = [], []
     with torch.no_grad():
         full = integrate(field, x, ts, stepper)
@@ -72,9 +72,13 @@ def rehearse(
     return replace(profile, budgets=torch.tensor(budgets), facts=facts, **known)
 
 
-def usual_budgets(queries: int) -> list[int]:
-    """Seven budgets from 1/5 to 4/5 of a full run's evaluations, in equal ratios."""
-    return [round(queries / 5 * 4 ** (i / 6)) for i in range(7)]
+def usual_budgets(queries: int, networks: int = 1) -> list[int]:
+    """Up to nine budgets from 1/10 to 9/10 of a full run's evaluations, in equal ratios, rising.
+
+    Each of the `networks` that take turns is evaluated, and something is left to reuse.
+    """
+    wanted = {round(queries / 10 * 9 ** (i / 8)) for i in range(9)}
+    return sorted({min(max(n, networks), queries - 1) for n in wanted} - {0})
 
 
 def _compared(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,41 @@ def test_a_norm_that_is_no_number_is_a_miss():
         assert torch.equal(field(t * X, t), -t * X)
 
 
+def test_where_nothing_is_known_nothing_is_reused_whatever_a_criterion_says():
+    class Sure:
+        direction = 0
+
+        def predicted(self, seen):
+            return torch.zeros_like(seen.t)
+
+    def fails_once(x, t):
+        return torch.where((t == 1) & (torch.arange(len(x)) == 1)[:, None], math.nan, -x)
+
+    field = CachedField(fails_once, criterion=Sure(), tolerance=1.0)
+    for t in TS:
+        field(X, t)
+    assert field.report.queries.tolist() == [11, 11, 11]
+    assert [query.reused.tolist() for query in field.report.trace[:3]] == [[False] * 3, [True, False, True], [True] * 3]
+
+
+def test_a_plan_does_not_measure_the_state():
+    """By time it is known what to do: nothing is asked of the device but of evaluations."""
+    measured = []
+
+    def norm(d):
+        measured.append(len(d))
+        return rms(d)
+
+    plan = SensitivityProfile(TS[:-1], *2 * [torch.ones(10)], gram=torch.eye(10)[None], size=torch.ones(1), end=TS[-1])
+    field = CachedField(decay, plan, nfe=4, norm=norm)
+    with field.run(TS):
+        for t in TS[:-1]:
+            asked = len(measured)
+            field(X, t)
+            assert len(measured) == asked or not field.report.trace[-1].reused.any()
+    assert len(measured) >= 4
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("split", [True, False])
 def test_an_output_that_is_no_number_is_handed_out_and_never_kept(bad, split):

@@ -8,6 +8,7 @@ from scipy.stats import binom, spearmanr
 
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
+from sencache.rehearse import usual_budgets
 from solvers import Linear, grids, integrate
 
 FIELD = GaussianMixture.load("benchmarks/fields/gmm.safetensors", Linear())
@@ -47,6 +48,16 @@ def test_a_factor_is_kept_by_nine_of_ten_in_nine_of_ten_rehearsals(profile):
         error = rms(cached.integrate(x, TS) - full).double() / rms(full).double()
         assert torch.allclose(factors, error / cached.plan(TS).relative_error)
         assert profile.factor(budget) == factors.sort().values[enough[0] - 1]
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+@pytest.mark.parametrize("queries", [3, 4, 8, 30, 50, 250])
+def test_the_usual_budgets_leave_something_to_reuse(queries, networks):
+    budgets = usual_budgets(queries, networks)
+    assert budgets == sorted(set(budgets))
+    assert budgets[0] == max(networks, round(queries / 10)) or queries < 10
+    assert networks <= budgets[0] <= budgets[-1] < queries
+    assert budgets[-1] >= 0.9 * queries - 1
 
 
 def test_below_the_least_rehearsed_budget_nothing_is_promised(profile):

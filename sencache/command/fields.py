@@ -85,7 +85,7 @@ class FieldSource:
         return calibrate(field, x, self.ts, self.stepper, secants=secants, file=file, progress=shown)
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
-        x, budgets = self.noise(seeds), {nfe for nfe in usual_budgets(self.steps) if nfe}
+        x, budgets = self.noise(seeds), usual_budgets(self.steps)
         with progress("rehearse", len(x) * self.steps * (1 + len(budgets))) as bar:
             return rehearse(Watched(self.make(len(x)), bar), profile, x, self.ts, self.stepper)
 

@@ -22,7 +22,7 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
 
     runs: each one calls the pipeline once, with new seeds and prompts of its own, always on the same grid, and gives
         the same sample whenever it is called (so it seeds a generator itself). They are run in full and once with each
-        budget, by default seven from 1/5 to 4/5 of the full run's; the full ones also measure what is not known yet.
+        budget, by default nine from 1/10 to 9/10 of the full run's; the full ones also measure what is not known yet.
     """
     wanted = handle.options
     factors: list[Tensor] = []
@@ -57,7 +57,8 @@ def _begun(handle: Handle, budgets: tuple[int, ...]) -> tuple[SensitivityProfile
     size = len(known.sampler.times)
     if len(known.sampler.which) != size:
         raise ValueError(f"{known.name} asks for several outputs a step, of which plans leave some out: use `nfe`.")
-    budgets = tuple(sorted(set(budgets or usual_budgets(size)) - {0}))
+    networks = len(profile.facts.get("crossings", [])) + 1
+    budgets = tuple(sorted(set(budgets) or usual_budgets(size, networks)))
     if not budgets or budgets[-1] >= size:
         raise ValueError(f"Rehearse budgets below the {size} evaluations of a full run; got {budgets}.")
     return profile, budgets
