@@ -117,7 +117,8 @@ class CachedField:
 
         Raises ValueError where the stepper is adaptive, or the grid is not in the profile's time unit and direction.
         """
-        with self.following(check_grid(ts), stepper) as (run, corrected):
+        ts = check_grid(ts).detach()
+        with self.following(ts, stepper) as (run, corrected):
             return integrate(run, x, ts, corrected)
 
     @contextmanager
@@ -138,7 +139,7 @@ class CachedField:
         ts: the grid (K + 1,) that the sampler will walk, without which nothing is corrected and plans are for the
             calibrated grid. stepper: its method, of one evaluation a step, in whose output corrections are folded.
         """
-        return self._scope(None if ts is None else check_grid(ts), stepper, fold=True)
+        return self._scope(None if ts is None else check_grid(ts).detach(), stepper, fold=True)
 
     @contextmanager
     def _scope(self, ts: Tensor | None, stepper: Stepper, fold: bool = False) -> Iterator[Run]:

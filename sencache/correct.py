@@ -13,8 +13,8 @@ history included, and nothing has to be known about it.
 Where a reuse goes through the head of a network, used_j is no combination of outputs. Then phi_j = 0, and one more sum
 is kept in the same way, of the size of a state: the excess, sum_j c_j (used_j - y_r), which is taken off what is owed.
 
-Shapes: B samples; moments (B, 3) float64, NumPy's, of the open gap; within a step of Q queries those of up to Q + 1
-gaps stand side by side, (B, Q + 1, 3).
+Shapes: B samples; moments (B, 3) float64 of the open gap, NumPy's but where a stepper runs on them; within a step of Q
+queries those of Q gaps stand side by side, (B, Q, 3).
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def offset(u: Array, phi: Array) -> Array:
     return np.array([u, u**2, phi]).T
 
 
-@np.errstate(divide="ignore", invalid="ignore")
 def owed(moments: Array, nodes: Array) -> Array:
     """The weights (..., 3) of y_k, y_r, y_2 in what a gap owes, from its moments (..., 3) and nodes (..., 3).
 
@@ -59,17 +58,18 @@ def owed(moments: Array, nodes: Array) -> Array:
     """
     (first, second, phi), (s_k, s_r, s_2) = ([each[..., i] for i in range(3)] for each in (moments, nodes))
     s_2 = np.where(s_2 == s_r, np.nan, s_2)  # two evaluations at one time make no line
-    rate, rate_before = 1 / (s_k - s_r), 1 / (s_r - s_2)
-    bend = (second - (s_k - s_r) * first) / (s_k - s_2)  # of the curvature, slope minus the slope before
-    k, two = (first + _finite(bend)) * rate, _finite(bend * rate_before) + phi
-    return np.where((moments != 0).any(-1)[..., None], np.stack([k, -k - two, two], -1), 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rate, rate_before = 1 / (s_k - s_r), 1 / (s_r - s_2)
+        bend = (second - (s_k - s_r) * first) / (s_k - s_2)  # of the curvature, slope minus the slope before
+        k, two = (first + _finite(bend)) * rate, _finite(bend * rate_before) + phi
+    some = (first != 0) | (second != 0) | (phi != 0)
+    return np.where(some[..., None], np.stack([k, -k - two, two], -1), 0.0)
 
 
 def _finite(values: Array) -> Array:
     return np.where(np.isfinite(values), values, 0.0)
 
 
-@np.errstate(invalid="ignore")
 def observed(offsets: Array, nodes: Array, apart: Array) -> Array:
     """The RMS errors (R, B) of reuses of `offsets` (R, B, 3), as the polynomial through the `nodes` (B, 3) shows them.
 
@@ -79,8 +79,9 @@ def observed(offsets: Array, nodes: Array, apart: Array) -> Array:
     k, two = weights[..., 0], weights[..., 2]
     squares = np.where(two[..., None] == 0, apart[:, :1], apart) ** 2  # there may be no y_2
     side, other, across = (squares[..., i] for i in range(3))
-    product = (side + other - across) / 2  # <y_k - y_r, y_2 - y_r>
-    return np.sqrt(np.maximum(k**2 * side + two**2 * other + 2 * k * two * product, 0))
+    with np.errstate(invalid="ignore"):
+        product = (side + other - across) / 2  # <y_k - y_r, y_2 - y_r>
+        return np.sqrt(np.maximum(k**2 * side + two**2 * other + 2 * k * two * product, 0))
 
 
 def beyond(used: Any, y_r: Any, evaluated: Array) -> Any:
@@ -161,7 +162,7 @@ class Folding:
         gaps = abs(t[:, None] - self.begins)
         k, on_grid = gaps.argmin(1), gaps.min(1) <= self.slack
         moments, excess = self.open.get(note.branch, (np.zeros((0, 3)), None))
-        if len(moments) != len(t):
+        if len(moments) != len(t) or note.anew.all():
             moments, excess = np.zeros_like(note.offset), _scaled(note.excess, np.zeros_like(t))
         moments, excess = np.where(note.anew[:, None], 0.0, moments), _scaled(excess, ~note.anew)
         share = np.where(note.closes & on_grid, self.state[k] / self.gain[k], 0.0)
@@ -210,8 +211,9 @@ class Repaying:
         dx, history = self.stepper.advance(field, x, t, t_next, history)
 
         closes = np.array([note.closes for note in self.notes])  # (Q, B)
-        ended = history is None and closes[-1].all()  # no gap is open after this step
-        if ended and not sums and closes.all():  # nor was one before
+        # The sums of a gap that has just begun are zero, and are kept only for the history that a stepper may have.
+        ended = history is None and closes[-1].all()
+        if ended and not sums and closes.all():  # nothing was reused, neither here nor before
             return dx, (None, [])
         lies_in = closes.cumsum(0)  # the gap of each query: 0 was open before, and each evaluation opens another
         terms = [[torch.from_numpy(note.offset) for note in self.notes]]

@@ -34,7 +34,8 @@ class Planned:
     """A plan's: infinite once one of its nodes has been reached since the last evaluation, else what it expects.
 
     Of the sample at hand two things are known, what the plan expects of any, and how its own last two outputs differed
-    beside the difference expected: the geometric mean of the expectation and the expectation so scaled is given.
+    beside the difference expected: the geometric mean of the expectation and the expectation so scaled is given. The
+    state is not looked at: where it is no number, that shows at the next node.
     """
 
     plan: Plan
@@ -43,10 +44,10 @@ class Planned:
     def direction(self) -> int:
         return self.plan.direction
 
-    @np.errstate(divide="ignore", invalid="ignore")
     def predicted(self, seen: Look) -> Tensor:
         expected, difference = self.plan.predicted(seen.t_ref.numpy(), seen.t.numpy())
-        own = (seen.difference.numpy() / difference) ** 0.5
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = (seen.difference.numpy() / difference) ** 0.5
         own = np.where((own > 0) & (own < np.inf), own, 1.0)
         return torch.from_numpy(np.where(seen.known.numpy(), expected * own, np.inf))
 

@@ -73,11 +73,13 @@ class Branch:
     t_before: Array  # (B, T) when the evaluation before was; NaN where there is none, or no line through both,
     y_before: Any  # and what came out,
     stack_before: Any  # by way of
-    apart: Array  # (B, 3) norms of y - y_before; of that between the two before; and of y and the earliest of the three
+    apart: Array  # (B, 3) norms, of samples just evaluated: y - y_before, what that was at the evaluation before, and,
+    #               where reuses are open, y less the earliest of the three outputs
     spent: Array  # (B,) float64, what the last query was measured by, 0 if that was an evaluation
     reuses: Array  # (B,) int64, m: of y, in a row
     open: list[tuple[Array, Array, Array]]  # reuses not yet observed: where to enter it, of which samples, at what
     #                                         offsets; (B,), (B,) bool and (B, 3)
+    began: bool  # another trajectory has begun, and nothing of it is evaluated yet
     noted: Any  # what the criterion wants to be shown at the next query, a tree of (B, ...)
     last_x: Any  # the query before the present one
     last_t: Array  # (B, T)
@@ -86,15 +88,17 @@ class Branch:
     def __init__(self, number: int):
         self.number = number  # in the order of appearance
         self.y = self.y_before = self.noted = None
-        self.open = []
+        self.open, self.began = [], False
 
     def look(self, x: Any, clock: Array, norm: Norm, regime: Regime) -> Look:
         """Compare a query with the memory."""
         if self.y is None or _kind(x) != _kind(self.x) or clock.shape != self.t.shape:  # another trajectory
             return self._begin(x, clock, norm)
-        t, t_ref, t_before = _most(clock - self.t, clock, self.t, self.t_before)
-        now, last = _most(clock - self.last_t, clock, self.last_t)
-        step, same = np.sign(now - last), (clock == self.last_t).all(1) & self.finite
+        with np.errstate(invalid="ignore"):  # times may be infinite
+            t, t_ref, t_before = _most(clock - self.t, clock, self.t, self.t_before)
+            now, last = _most(clock - self.last_t, clock, self.last_t)
+            moved = now - last
+        step, same = np.sign(moved), (clock == self.last_t).all(1) & self.finite
         if same.any():
             parts = zip(tensors(x), tensors(self.last_x), strict=True)
             unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts])
@@ -104,19 +108,40 @@ class Branch:
         if regime is not one_network:
             here, there = regime(torch.from_numpy(clock)), regime(torch.from_numpy(self.t))
             other = (here != there).any(1).numpy() & ~anew
-        numbers = torch.from_numpy(np.array([t, t_ref, t_before, self.apart[:, 0], abs(now - last), self.spent, step]))
+        numbers = torch.from_numpy(np.array([t, t_ref, t_before, self.apart[:, 0], abs(moved), self.spent, step]))
         truths = torch.from_numpy(np.array([self.finite, same, anew, other]))
-        told: list[Any] = [*numbers.unbind(), *truths.unbind(), x, norm, (self.x, self.y), self.noted]
-        return Look(*told)
+        return Look(
+            **dict(zip(("t", "t_ref", "t_before", "difference", "since", "spent", "step"), numbers, strict=True)),
+            **dict(zip(("known", "same", "anew", "other"), truths, strict=True)),
+            x=x,
+            norm=norm,
+            reference=(self.x, self.y),
+            noted=self.noted,
+        )
 
     def _begin(self, x: Any, clock: Array, norm: Norm) -> Look:
         """Nothing to compare with: a memory that has to be made."""
-        anew, t = self.y is not None, torch.from_numpy(clock[:, 0].copy())
-        zero, no, infinite = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.full_like(t, torch.inf)
+        self.began |= self.y is not None
         self.y, self.y_before, self.open = None, None, []
+        t = torch.from_numpy(clock[:, 0].copy())
+        zero, no = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool)
         self.direction, self.spent, self.reuses = np.zeros(len(t)), np.zeros(len(t)), np.zeros(len(t), dtype=np.int64)
         self.apart = np.full((len(t), 3), np.inf)
-        return Look(t, t, t * torch.nan, infinite, zero, zero, zero, no, no, no | anew, no, x, norm)
+        return Look(
+            t=t,
+            t_ref=t,
+            t_before=t * torch.nan,
+            difference=torch.full_like(t, torch.inf),
+            since=zero,
+            spent=zero,
+            step=zero,
+            known=no,
+            same=no,
+            anew=no | self.began,
+            other=no,
+            x=x,
+            norm=norm,
+        )
 
     def keep(self, rows: Array, x: Any, clock: Array, y: Any, stack: Any, anew: Array, norm: Norm) -> None:
         """Move the reference of the samples `rows` (B,) bool to this query; y and stack are of these alone.
@@ -124,19 +149,20 @@ class Branch:
         What was the reference becomes the evaluation before, except of the samples `anew` (B,), which have none. How
         far apart they are is asked of the device, once.
         """
-        earliest, every = self.y_before, rows.all()
+        earliest, self.began = self.y_before, False
         if self.y is None:
             self.x, self.y, self.stack, self.t = copy(x), copy(y), copy(stack), clock
             self.y_before, self.stack_before, self.t_before = self.y, self.stack, np.full_like(clock, np.nan)
         else:
             self.t_before = np.where(rows[:, None], np.where(anew[:, None], np.nan, self.t), self.t_before)
-            pairs = (self.y, self.y_before), (self.stack, self.stack_before)
-            self.y_before, self.stack_before = (
-                last if every else merge(rows, take(rows, last), before) for last, before in pairs
-            )
-            self.x, self.y, self.stack = (
-                merge(rows, new, old) for new, old in ((take(rows, x), self.x), (y, self.y), (stack, self.stack))
-            )
+            if rows.all():
+                self.y_before, self.stack_before = self.y, self.stack
+            else:
+                self.y_before = merge(rows, take(rows, self.y), self.y_before)
+                self.stack_before = merge(rows, take(rows, self.stack), self.stack_before)
+            self.x = merge(rows, take(rows, x), self.x)
+            self.y = merge(rows, y, self.y)
+            self.stack = merge(rows, stack, self.stack)
             self.t = np.where(rows[:, None], clock, self.t)
         measured = [_zero(self.y), apart(self.y, self.y_before, norm)]
         if self.open:
@@ -224,7 +250,7 @@ def take(rows: Array | Tensor, tree: Any) -> Any:
     """The samples `rows` (B,) bool of every tensor; if these are all, the tree itself."""
     if rows.all():
         return tree
-    at = torch.as_tensor(rows).nonzero()[:, 0]
+    at = _tensor(rows).nonzero()[:, 0]
     return replace(tree, [part[at.to(part.device)] for part in tensors(tree)])
 
 
@@ -239,12 +265,17 @@ def merge(rows: Array, new: Any, old: Any) -> Any:
 
 def spread(values: Array | Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ...) of the dtype and on the device of `like` (B, ...)."""
-    return torch.as_tensor(values).to(like).reshape(-1, *[1] * (like.ndim - 1))
+    return _tensor(values).to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _tensor(values: Array | Tensor) -> Tensor:
+    """On the host, whatever the default device is."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(values)
 
 
 def apart(a: Any, b: Any, norm: Norm) -> Tensor:
     """The norm (B,) float64 of a - b; of a state in several parts, the RMS over all of them."""
-    norms = [norm(difference(one, two)).double() for one, two in zip(tensors(a), tensors(b), strict=True)]
+    norms = [norm(difference(one, two)).detach().double() for one, two in zip(tensors(a), tensors(b), strict=True)]
     if len(norms) == 1:
         return norms[0]
     sizes = [part[0].numel() for part in tensors(a)]
@@ -254,7 +285,7 @@ def apart(a: Any, b: Any, norm: Norm) -> Tensor:
 
 def _zero(y: Any) -> Tensor:
     """0 (B,) float64, and NaN of samples that are not finite: quicker than isfinite."""
-    zeros = [(part * 0).reshape(len(part), -1).sum(1).double() for part in tensors(y)]
+    zeros = [(part * 0).reshape(len(part), -1).sum(1).abs().double() for part in tensors(y)]
     return zeros[0] if len(zeros) == 1 else torch.stack(zeros).sum(0)
 
 

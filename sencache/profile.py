@@ -57,9 +57,9 @@ class SensitivityProfile:
                 came = f"{tuple(value.shape)} beside t's {tuple(self.t.shape)}"
                 raise ValueError(f"t, alpha_x and alpha_t must be of one shape (M,); got {name} of shape {came}.")
         for name in OPTIONAL:
-            part = getattr(self, name)
-            if part is not None and part.is_floating_point():
-                object.__setattr__(self, name, part.detach().double().cpu())
+            if (part := getattr(self, name)) is not None:
+                part = torch.as_tensor(part).detach().cpu()
+                object.__setattr__(self, name, part.double() if part.is_floating_point() else part)
         steps = self.t.diff()
         if not len(self.t) or not self.t.isfinite().all() or (steps * steps[:1].sign() <= 0).any():
             raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")
@@ -122,11 +122,10 @@ class SensitivityProfile:
         return float(np.interp(nfe, self._budgets(), found))
 
     def typical(self, nfe: int) -> float:
-        """The median ratio of a reuse's true error to the expected one, of the nearest budget; 1 if none is known."""
+        """The median ratio of a reuse's true error to the expected one, interpolated between budgets; 1 if unknown."""
         if self.ratios is None:
             return 1.0
-        nearest = min(range(len(self.ratios)), key=lambda r: abs(self._budgets()[r] - nfe))
-        return float(self.ratios[nearest].nanmedian().nan_to_num(1.0))
+        return float(np.interp(nfe, self._budgets(), [float(each.nanmedian().nan_to_num(1.0)) for each in self.ratios]))
 
     def _budgets(self) -> list[int]:
         return [] if self.budgets is None else self.budgets.tolist()

@@ -40,11 +40,11 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. Budgets between two rehearsed ones take the larger factor of both; below the least and above the
-    largest nothing is promised but by evaluating everything. The default budgets are nine from 1/10 to 9/10 of the full
-    run's. Pays for a full run, and another for each budget, in which reuses are compared with the truth.
+    largest nothing is promised but by evaluating everything. The default budgets are up to nine from 1/10 to 9/10 of
+    the full run's. Pays for a full run, and another for each budget, in which reuses are compared with the truth.
 
-    Raises ValueError for a stepper that asks for several outputs a step, and for one whose noise is drawn anew in each
-    run (a `BrownianPath` is not).
+    Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
+    (a `BrownianPath` is not), and for budgets of which there are no plans.
     """
     if isinstance(getattr(stepper, "noise", None), WhiteNoise):
         raise ValueError("Runs with fresh noise cannot be compared: rehearse with a `BrownianPath`, drawn once.")
@@ -58,6 +58,8 @@ def rehearse(
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
     budgets = tuple(sorted(set(budgets) or usual_budgets(steps, networks)))
+    if not networks <= budgets[0] <= budgets[-1] <= steps:
+        raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
     factors, ratios = [], []
     with torch.no_grad():
         full = integrate(field, x, ts, stepper)
@@ -75,10 +77,10 @@ def rehearse(
 def usual_budgets(queries: int, networks: int = 1) -> list[int]:
     """Up to nine budgets from 1/10 to 9/10 of a full run's evaluations, in equal ratios, rising.
 
-    Each of the `networks` that take turns is evaluated, and something is left to reuse.
+    Each of the `networks` that take turns is evaluated, and, where it can be, something is left to reuse.
     """
     wanted = {round(queries / 10 * 9 ** (i / 8)) for i in range(9)}
-    return sorted({min(max(n, networks), queries - 1) for n in wanted} - {0})
+    return sorted({max(networks, min(n, queries - 1)) for n in wanted})
 
 
 def _compared(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 A `Run` is one trajectory under a `Rule`. For every conditioning it remembers each sample's last evaluation, and it is
 itself a velocity field. Every sample decides for itself.
 
-Shapes: x (B, ...); t float, (), (B,) or (B, T) with T tokens; what a decision is made of, (B,), NumPy's.
+Shapes: x (B, ...); t float, (), (B,) or (B, T) with T tokens; what a decision is made of, (B,): NumPy's here, and
+tensors on the host for who is asked.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ class Run:
         rule, watcher = self.rule, self.rule.watcher
         clock, branch = clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
-        seen = branch.look(x, clock, rule.norm, regime)  # ||d||, |tau|: the sums of dx and dt since the reference
+        seen = branch.look(
+            x, clock, rule.norm, regime
+        )  # of which `distance` and `elapsed` are Alg. 1's ||d|| and |tau|
         if not branch.direction.all():
             check_direction(rule.criterion.direction, seen.step * torch.from_numpy(branch.direction == 0))
         if watcher:
@@ -122,7 +125,7 @@ class Run:
         phi = np.zeros(len(clock)) if every else np.where(needed, 0.0, rule.phi(*s.unbind(1)).numpy())
         nodes = s.numpy()
         y, earlier = None, (branch.y, branch.y_before)  # y_r, y_2
-        owes = offset(nodes[:, 0] - nodes[:, 1], phi) * ~needed[:, None]
+        owes = np.where(needed[:, None], 0.0, offset((s[:, 0] - s[:, 1]).numpy(), phi))
         if needed.any():
             # Alg. 1: y = f(x, t)
             (y, stack), computed = _evaluate(self.field, rule.payload, needed, x, t, args, kwargs)

@@ -9,6 +9,7 @@ Shapes: T query times of the grid; S calibration samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +107,9 @@ class Problem:
         weight, u = self.gain * (j > j[:, None]), s - s[:, None]  # (ref, j)
         total, first, second = _until(weight), _until(weight * u), _until(weight * u**2)  # (ref, end)
         until = _until((self.gain * mean).T, 0)  # (end, i), <sum_{j < end} c_j f_j, f_i>
-        square = _until(_until(self.gain * self.gain[:, None] * mean), 0)  # (end, end)
+        both = _until(_until(self.gain * self.gain[:, None] * mean), 0)  # (end, end)
         by_ref, by_end = until[1:], until[range(size + 1), ends]
-        within = square.diagonal() - square[1:] - square[1:] + square.diagonal()[1:, None]  # <A, A>, (ref, end)
+        within = both.diagonal() - both[1:] - both[1:] + both.diagonal()[1:, None]  # <A, A>, (ref, end)
         with_ref = until.T - by_ref.diagonal()[:, None]  # <A, f_ref>
         with_end = by_end - by_ref[:, ends]  # <A, f_end>
         assert self.alpha_x is not None
@@ -117,30 +118,37 @@ class Problem:
         unstable = self.instability() * integrated(self, mean)
         cost = torch.full((size + 1, size, size + 1), torch.inf, dtype=torch.float64)
         for before in range(-1, size - 1):
-            ref = j[before + 1 :] if before >= 0 else j[:1]
+            rows, after = slice(before + 1, None if before >= 0 else 1), slice(before + 2, None)  # refs and ends
+            here, ref, end = (rows, after), j[rows], torch.arange(size + 1)[after]
             known = self.together(ref, ref.new_tensor(before)) & (before >= 0)
             s_before = torch.where(known, s[before], torch.nan)[:, None]
-            used = _until(weight[ref] * REUSES[self.reuse](s.expand(len(ref), -1), s[ref, None], s_before))
-            repaid = torch.zeros(len(ref), size + 1, 3, dtype=torch.float64)
+            used = _until(weight[rows] * REUSES[self.reuse](s.expand(len(ref), -1), s[ref, None], s_before))[:, after]
+            repaid = torch.zeros(*used.shape, 3, dtype=torch.float64)
             if self.correct:
-                moments = torch.stack([first[ref], second[ref], used], -1)[:, :size]
-                nodes = torch.stack(torch.broadcast_tensors(s, s[ref, None], s_before), -1)
-                repaid[:, :size] = torch.from_numpy(owed(moments.numpy(), nodes.numpy()))
-                repaid[:, :size] *= self.together(ref[:, None], j)[..., None]
-            parts = torch.stack([torch.zeros_like(used), -total[ref] - used, used], -1)  # before it is repaid
-            with_before = until[:, before] - by_ref[ref, before, None]  # <A, f_before>
-            products = torch.stack([with_end[ref], with_ref[ref], with_before], -1)
-            three = torch.stack(torch.broadcast_tensors(ends, ref[:, None], torch.tensor(max(before, 0))), -1)
-            among = mean[three[..., :, None], three[..., None, :]]  # (ref, end, 3, 3)
-            debt, form = (
-                within[ref] + 2 * (each * products).sum(-1) + torch.einsum("...i,...ij,...j", each, among, each)
-                for each in (parts, parts - repaid)
-            )
-            form = form.clamp(min=0) + unstable[ref] + (echo * (repaid[..., 0].abs() + own)) ** 2 * debt.clamp(min=0)
-            end = torch.arange(size + 1)
+                moments = torch.stack([first[here], second[here], used], -1)
+                nodes = torch.stack(torch.broadcast_tensors(s[ends[after]], s[ref, None], s_before), -1)
+                evaluated = self.together(ref[:, None], end) & (end < size)
+                repaid = torch.from_numpy(owed(moments.numpy(), nodes.numpy())) * evaluated[..., None]
+            k, r, b = repaid.unbind(-1)
+            three = ends[after], ref[:, None], before  # their weights are 0 where they are none
+            products = with_end[here], with_ref[here], until[after, before] - by_ref[rows, before, None]  # <A, f_i>
+            among = [[mean[one, other] for other in three] for one in three]
+            debt = _squared(within[here], (0 * used, -total[here] - used, used), products, among)  # until it is repaid
+            left = _squared(within[here], (-k, -total[here] - used - r, used - b), products, among)
+            form = left + unstable[here] + (echo[after] * (k.abs() + own[after])) ** 2 * debt
             real = (end > ref[:, None]) & self.together(end - 1, ref[:, None])
-            cost[before, ref] = torch.where(real, form, torch.inf)
+            cost[before, rows, after] = torch.where(real, form, torch.inf)
         return cost
+
+
+def _squared(
+    within: Tensor, weights: Sequence[Tensor], products: Sequence[Tensor], among: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """The square of A + sum_i w_i f_i, from <A, A>, <A, f_i> and <f_i, f_j>."""
+    total = within
+    for weight, product, row in zip(weights, products, among, strict=True):
+        total = total + weight * (2 * product + sum(g * other for g, other in zip(row, weights, strict=True)))
+    return total.clamp(min=0)
 
 
 def _until(terms: Tensor, dim: int = -1) -> Tensor:
@@ -151,21 +159,17 @@ def _until(terms: Tensor, dim: int = -1) -> Tensor:
 def schedules(problem: Problem, most: int) -> list[Tensor]:
     """The best schedules of 1, 2, ..., `most` evaluations, index tensors (N,), by dynamic programming."""
     cost, size = problem.costs(), len(problem.times)
-    best = torch.full((size, size + 1), torch.inf, dtype=torch.float64)  # by last evaluation and the end of its gap
-    best[0] = cost[-1, 0]
-    choices: list[Tensor] = []
+    best = torch.full((most, size, size + 1), torch.inf, dtype=torch.float64)  # by length, its last evaluation
+    choice = torch.zeros(best.shape, dtype=torch.int64)  # and the end of its gap: what it costs, and the one before
+    best[:1, 0] = cost[-1, 0]
+    for ref in range(1, size):
+        gaps = best[:-1, :ref, ref, None] + cost[:ref, ref, ref + 1 :]  # (length, before, end)
+        best[1:, ref, ref + 1 :], choice[1:, ref, ref + 1 :] = gaps.min(1)
     found: list[Tensor] = []
-    for n in range(1, most + 1):
-        if n > 1:
-            reached, choice = torch.full_like(best, torch.inf), torch.zeros(best.shape, dtype=torch.int64)
-            for ref in range(n - 1, size):
-                gaps = best[n - 2 : ref, ref, None] + cost[n - 2 : ref, ref, ref + 1 :]  # (before, end)
-                reached[ref, ref + 1 :], choice[ref, ref + 1 :] = gaps.min(0)
-            best, choices = reached, [*choices, choice + n - 2]
-        nodes = [int(best[:, size].argmin())]
-        end = size
-        for choice in reversed(choices):
-            nodes, end = [int(choice[nodes[0], end]), *nodes], nodes[0]
+    for n in range(most):
+        nodes, end = [int(best[n, :, size].argmin())], size
+        for k in range(n, 0, -1):
+            nodes, end = [int(choice[k, nodes[0], end]), *nodes], nodes[0]
         found.append(torch.tensor(nodes))
     return found
 

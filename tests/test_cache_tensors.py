@@ -344,3 +344,26 @@ def test_a_state_of_one_number_a_sample_is_a_state():
     end = field.integrate(X[:, 0], TS)
     assert torch.equal(end[:, None], cached(Nonlinear()).integrate(X[:, :1], TS))
     assert field.report.reuses.any()
+
+
+def decay(x, t):
+    return -x
+
+
+def test_a_norm_may_have_parameters_of_its_own():
+    weights = torch.ones(6, dtype=X.dtype, requires_grad=True)
+    plain, weighed = (
+        CachedField(decay, tolerance=0.05),
+        CachedField(decay, tolerance=0.05, norm=lambda d: rms(d * weights)),
+    )
+    for t in grids.uniform(10):
+        assert torch.equal(plain(X * t, t), weighed(X * t, t))
+    assert weighed.report.reuses.all()
+
+
+def test_complex_states_are_states():
+    cached = CachedField(decay, tolerance=0.05)
+    x = X.to(torch.complex128)
+    for t in grids.uniform(10):
+        assert cached(x * t, t).dtype == x.dtype
+    assert cached.report.reuses.all()

@@ -183,3 +183,35 @@ def test_containers_are_folded_part_by_part(case):
             assert torch.equal(a, v)
             assert torch.equal(b, -v)
             x = x + (t_next - t) * v
+
+
+@pytest.mark.parametrize("payload", ["output", "difference"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_one_trajectory_owed_is_not_owed_by_one_of_another_shape(payload, fails):
+    """Not even if its first evaluation raises, as for lack of memory, and is asked again."""
+    ts, wide = grids.uniform(12), torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    failed = []
+
+    def field(x, t):
+        if fails and x.shape[1] == 4 and not failed:
+            failed.append(t)
+            raise RuntimeError
+        return torch.sin(3 * t) - x
+
+    def walk(cached, x):
+        for t, t_next in pairwise(ts):
+            x = x + (t_next - t) * cached(x, t)
+        return x
+
+    cached = CachedField(field, tolerance=0.1, payload=payload)
+    with cached.run(ts):
+        for t in ts[:7]:
+            cached(wide, t)
+        assert cached.report.trace[-1].reused.any()  # a gap is open
+        if fails:
+            with pytest.raises(RuntimeError):
+                cached(wide[:, :4], ts[0])
+        second = walk(cached, wide[:, :4])
+    with cached.run(ts):
+        assert torch.equal(second, walk(cached, wide[:, :4]))
+    assert cached.report.reuses.all()

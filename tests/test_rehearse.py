@@ -50,14 +50,27 @@ def test_a_factor_is_kept_by_nine_of_ten_in_nine_of_ten_rehearsals(profile):
         assert profile.factor(budget) == factors.sort().values[enough[0] - 1]
 
 
+def test_the_usual_budgets_are_from_a_tenth_to_nine_tenths():
+    assert usual_budgets(50) == [5, 7, 9, 11, 15, 20, 26, 34, 45]
+    assert usual_budgets(4) == [1, 2, 3]
+
+
 @pytest.mark.parametrize("networks", [1, 2])
-@pytest.mark.parametrize("queries", [3, 4, 8, 30, 50, 250])
-def test_the_usual_budgets_leave_something_to_reuse(queries, networks):
+@pytest.mark.parametrize("queries", [1, 2, 3, 8, 30, 250])
+def test_the_usual_budgets_evaluate_every_network_and_leave_something_to_reuse(queries, networks):
     budgets = usual_budgets(queries, networks)
     assert budgets == sorted(set(budgets))
-    assert budgets[0] == max(networks, round(queries / 10)) or queries < 10
-    assert networks <= budgets[0] <= budgets[-1] < queries
-    assert budgets[-1] >= 0.9 * queries - 1
+    assert networks <= budgets[0]
+    assert budgets[-1] < queries or budgets == [networks]
+
+
+@pytest.mark.parametrize("budgets", [(0, 5), (5, 41)])
+def test_budgets_without_a_plan_are_refused_before_anything_is_paid(profile, budgets):
+    def costly(x, t):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="Rehearse budgets from 1 to 40 evaluations"):
+        rehearse(costly, profile, noise(2, 1), TS, budgets=budgets)
 
 
 def test_below_the_least_rehearsed_budget_nothing_is_promised(profile):

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def budgets_of(profile: SensitivityProfile) -> list[int]:
-    """The rehearsed budgets, or nine from 1/10 to 9/10 of all times."""
+    """The rehearsed budgets, or up to nine from 1/10 to 9/10 of all times."""
     if profile.budgets is not None:
         return profile.budgets.tolist()
     return usual_budgets(len(profile.t), len(profile.facts.get("crossings", [])) + 1)  # networks that take turns

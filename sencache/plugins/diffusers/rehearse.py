@@ -22,8 +22,10 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
 
     runs: each one calls the pipeline once, with new seeds and prompts of its own, always on the same grid, and gives
         the same sample whenever it is called (so it seeds a generator itself). They are run in full and once with each
-        budget, by default nine from 1/10 to 9/10 of the full run's; the full ones also measure what is not known yet.
+        budget, by default up to nine from 1/10 to 9/10 of the full run's; the full ones also measure what is not known.
     """
+    if any(nfe < 1 for nfe in budgets):
+        raise ValueError(f"`budgets` count evaluations, 1, 2, ...; got {budgets}.")
     wanted = handle.options
     factors: list[Tensor] = []
     try:
