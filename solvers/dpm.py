@@ -26,7 +26,7 @@ def exponential_step(path: Path, t: Tensor, t_next: Tensor) -> tuple[Tensor, Ten
     if now.sigma == 0:
         raise ValueError(f"Log-SNR solvers cannot start at pure data (sigma = 0 at t = {t:g}); start a little off it.")
     state = after.sigma / now.sigma
-    return state, after.alpha - state * now.alpha, path.log_snr(t_next) - path.log_snr(t)
+    return state, after.alpha - state * now.alpha, after.log_snr - now.log_snr
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class DPMSolverPP:
 
     def advance(
         self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Previous | None
-    ) -> tuple[Tensor, Previous]:
+    ) -> tuple[Tensor, Previous | None]:
         state, data, h = exponential_step(self.path, t, t_next)
         prediction = self.path.data_from_velocity(x, field(x, t), t)
         slope = torch.zeros_like(h)
-        if self.order == 2 and memory is not None and memory.h.isfinite() and h.isfinite():
+        if memory is not None and memory.h.isfinite() and h.isfinite():
             slope = h / (2 * memory.h)  # 1 / (2 r) with r = h_previous / h, Algorithm 2
         used = prediction + slope * (prediction - memory.data) if memory is not None and slope != 0 else prediction
-        return (state - 1) * x + data * used, Previous(prediction, h)
+        return (state - 1) * x + data * used, Previous(prediction, h) if self.order == 2 else None

@@ -25,21 +25,24 @@ def trajectory(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = E
     integrated, and FloatingPointError naming t when the field returns NaN or infinity.
     """
     check_state(x)
-    return _steps(contract(field), x, check_grid(ts), stepper)
+    moves = _moves(contract(field), x, check_grid(ts), stepper)
+    return (Step(x, t_next, dx, t_next - t, stepper.weights(t, t_next)) for t, t_next, dx, x in moves)
 
 
-def _steps(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper) -> Iterator[Step]:
+def _moves(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper) -> Iterator[tuple[Tensor, ...]]:
+    """Of every interval its times, what the stepper moved, and where to."""
     memory = None
     for t, t_next in pairwise(ts):
         dx, memory = stepper.advance(field, x, t, t_next, memory)
         x = x + dx
-        yield Step(x, t_next, dx, t_next - t, stepper.weights(t, t_next))
+        yield t, t_next, dx, x
 
 
 def integrate(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = EULER) -> Tensor:
     """The state (B, ...) at ts[-1]; arguments and errors are `trajectory`'s."""
-    for step in trajectory(field, x, ts, stepper):
-        x = step.x
+    check_state(x)
+    for *_, moved in _moves(contract(field), x, check_grid(ts), stepper):
+        x = moved
     if not x.isfinite().all():
         raise FloatingPointError(
             f"The state overflowed before t = {float(ts[-1]):g}. Take smaller steps, or look there."

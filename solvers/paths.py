@@ -34,6 +34,11 @@ class Coefficients(NamedTuple):
         """alpha sigma' - alpha' sigma, by which the two equations above are solved; never zero on a path."""
         return self.alpha * self.dsigma - self.dalpha * self.sigma
 
+    @property
+    def log_snr(self) -> Tensor:
+        """lambda = log(alpha / sigma): infinite at the data, minus infinity at pure noise."""
+        return self.alpha.log() - self.sigma.log()
+
 
 @dataclass(frozen=True)
 class Path(ABC):
@@ -64,9 +69,8 @@ class Path(ABC):
         return Coefficients(*parts)
 
     def log_snr(self, t: Time) -> Tensor:
-        """lambda(t) = log(alpha / sigma): infinite at the data, minus infinity at pure noise."""
-        alpha, sigma, _, _ = self.coefficients(t)
-        return alpha.log() - sigma.log()
+        """lambda(t) = log(alpha / sigma), of `coefficients`."""
+        return self.coefficients(t).log_snr
 
     def time_of(self, log_snr: Time) -> Tensor:
         """The inverse of `log_snr`."""
