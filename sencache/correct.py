@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.memory import Array, spread
+from sencache.batch import Array, spread
 from sencache.norms import difference
 from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sencache.batch import Array
 from sencache.discretisation import discretisation
-from sencache.memory import Array, Regime, one_network
+from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
 from sencache.schedule import HEARD, Problem, integrated, quadratic, schedules

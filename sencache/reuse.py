@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.memory import Array, copy, spread
+from sencache.batch import Array, copy, spread
 from sencache.trees import replace, tensors
 
 REACH = 4.0  # how many times the span between two evaluations a line through them is continued

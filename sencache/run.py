@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sencache.batch import Array, batch_of, clock_of, merge, take
 from sencache.correct import Ledger, Note, beyond, observed, offset
 from sencache.criteria import Gains
-from sencache.memory import Array, Branch, Branches, Key, Look, batch_of, clock_of, merge, one_network, take
+from sencache.memory import Branch, Branches, Key, Look, one_network
 from sencache.norms import Norm, difference
 from sencache.report import Query, Report
 from sencache.reuse import Phi, Variable, continued

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sencache.baselines.steps import apart, due, grid_of, mean_abs
-from sencache.memory import Look, copy, take
+from sencache.batch import copy, take
+from sencache.memory import Look
 
 
 class Noted(NamedTuple):

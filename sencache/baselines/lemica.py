@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sencache.baselines.steps import full_run, mean_abs
+from sencache.batch import copy
 from sencache.cache import CachedField
 from sencache.criteria import Scheduled
-from sencache.memory import copy, one_network
+from sencache.memory import one_network
 from sencache.plan import influence
 from solvers import Euler, Stepper
 

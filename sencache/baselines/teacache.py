@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sencache.baselines.steps import apart, due, full_run, grid_of, mean_abs
-from sencache.memory import Look, copy
+from sencache.batch import copy
+from sencache.memory import Look
 from solvers import Euler, Stepper
 
 EULER = Euler()

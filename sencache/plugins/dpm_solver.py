@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.memory import spread
+from sencache.batch import spread
 from sencache.plugins.gaussian import Carrier, Translated, inside, same_contents, time_of
 from sencache.plugins.host import ADAPTIVE, Method, calling
 from sencache.plugins.hosted import Hosted, HostedModule, hosted

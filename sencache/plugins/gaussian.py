@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.memory import spread
+from sencache.batch import spread
 from sencache.plugins.host import Calls
 from sencache.trees import leaves
 

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sencache.batch import batch_of, clock_of
 from sencache.cache import CachedField
 from sencache.correct import uses_one_output
-from sencache.memory import batch_of, clock_of
 from sencache.norms import difference, rms
 from sencache.plan import influence
 from sencache.profile import SensitivityProfile

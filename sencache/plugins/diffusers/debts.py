@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sencache.batch import spread
 from sencache.correct import Note, owed, repaid
-from sencache.memory import spread
 from sencache.plugins.diffusers.sampler import Sampler, Slot
 
 
