@@ -37,6 +37,7 @@ from solvers import UniPC, integrate
 
 BUDGETS = (25, 20, 15, 10)
 OURS = ("ours", "ours-unipc", "ours-fine")  # calibrated, with all that we know
+WITHOUT = ("ours-uncalibrated", "ours-assumed")
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SETTINGS = RESULTS / "settings.json"
@@ -206,7 +207,7 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
     methods = [name for name in dict.fromkeys(result.method for result in results) if name != "all-steps"]
     others = [name for name in methods if not name.startswith("ours")]
     colours: dict[str, Any] = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(others)}
-    colours |= dict(zip((*OURS, "ours-uncalibrated"), ("black", "royalblue", "crimson", "0.5"), strict=True))
+    colours |= dict(zip((*OURS, *WITHOUT), ("black", "royalblue", "crimson", "0.5", "0.7"), strict=True))
     figure, axes = plt.subplots(2, len(fields), figsize=(4 * len(fields), 7.5), layout="constrained", squeeze=False)
     for column, field in enumerate(fields):
         for row, cost in enumerate(("evaluations", "seconds")):

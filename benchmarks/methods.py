@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.cases import STEPS, Case, Samples, cases
-from sencache import CachedField, SensitivityProfile, calibrate, strict_start
+from sencache import CachedField, SensitivityProfile, assumed, calibrate, strict_start
 from sencache.baselines import (
     EasyCache,
     MagCache,
@@ -99,6 +99,10 @@ def fine_profile(name: str) -> SensitivityProfile:
 
 def ours_uncalibrated(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
     return cached(case, samples, tolerance=knob)
+
+
+def ours_assumed(case: Case, samples: Samples, nfe: int, knob: None, measured: None) -> Outcome:
+    return cached(case, samples, profile=assumed(case.path, case.grid()), nfe=nfe)
 
 
 def sencache_paper(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
@@ -219,6 +223,7 @@ METHODS = {
         Method("ours-unipc", ours_unipc),
         Method("ours-fine", ours_fine),
         Method("ours-uncalibrated", ours_uncalibrated, "tolerance"),
+        Method("ours-assumed", ours_assumed),
         Method("sencache-paper", sencache_paper, "tolerance"),
         Method("sencache-rule", sencache_rule, "tolerance"),
         Method("teacache", teacache, "tolerance", measured_teacache),

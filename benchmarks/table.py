@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.metrics import psnr
 from benchmarks.shipped import GRID, STEPS, noise, sit_field, sit_profile
-from sencache import CachedField, calibrate
+from sencache import CachedField, assumed, calibrate
 from solvers import DPMSolverPP, Euler, Linear, Stepper, TorchDiffEq, UniPC, grids, integrate
 
 BUDGETS = (25, 20, 15, 10)
@@ -108,6 +108,7 @@ def rows_of(bench: Bench, nfe: int) -> list[Row]:
         bench.cached("ours without correction", nfe, {**ours, "correct": False}),
         bench.cached("ours, holding and correcting", nfe, {**ours, "reuse": "hold", "correct": True}),
         bench.cached("ours without calibration", nfe, {"tolerance": tolerance_for(nfe, {})}),
+        bench.cached("ours, profile assumed", nfe, {"profile": assumed(PATH, GRID), "nfe": nfe}),
         bench.cached("ours on UniPC", nfe, ours, UNIPC),
         bench.cached("ours on UniPC, 100 steps", nfe, {"profile": bench.fine, "nfe": nfe}, UNIPC, FINE),
     ]

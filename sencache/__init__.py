@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from sencache.assume import assumed
 from sencache.cache import CachedField
 from sencache.calibrate import calibrate
 from sencache.jacobian import JacobianNorms, jacobian_norms
@@ -22,6 +23,7 @@ __all__ = [
     "Report",
     "Run",
     "SensitivityProfile",
+    "assumed",
     "calibrate",
     "disable",
     "enable",

@@ -97,7 +97,8 @@ class CachedField:
                 profile.factor(1)  # raises where nothing was rehearsed
         elif tolerance is None and criterion is None:
             raise ValueError(
-                "Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first: `calibrate(...)`."
+                "Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first, `calibrate(...)`, or for "
+                "`nfe` assume a profile, `assumed(path, ts)`."
             )
         self.field, self.profile, self.criterion, self.norm, self.key = field, profile, criterion, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance

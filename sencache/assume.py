@@ -1,0 +1,52 @@
+"""A profile without calibration: what would be measured on data that are Gaussian, with a spread of scales.
+
+Of Gaussian data everything is known in closed form. A direction of standard deviation s in the data has one of
+m(t) = sqrt(alpha^2 s^2 + sigma^2) at time t; along it the velocity is v = (m' / m) x, and a sample stays as many
+deviations off as it was, so that its outputs are m'(t). What tells one data set from another is how the scales s of
+its directions are spread, and schedules ask for little more than that.
+
+Shapes: K steps, d directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sencache.norms import rms
+from sencache.profile import SensitivityProfile
+from solvers import Path
+from solvers.loop import check_grid
+
+DIRECTIONS = 256
+MEDIAN, SPREAD = 0.2, 1.5  # of the scales, log-normal: their median, and the deviation of their logarithm
+
+
+def assumed(path: Path, ts: Tensor) -> SensitivityProfile:
+    """The profile of Gaussian data on ts (K + 1,), for budgets (`nfe`) on a field that nobody has measured.
+
+    path: on which the model was trained, from `solvers`. The data are taken to be scaled as models have them, to
+        deviations of about 1.
+
+    Its plans spend what they are asked to from the first sample on, with any stepper, and `rehearse` makes promises of
+    them. The errors that they expect are those on Gaussian data: docs/theory.md says how far off that was elsewhere.
+    There is no ||J_t||, so that under a tolerance everything is evaluated. Raises ValueError for a grid on which the
+    path is not finite.
+    """
+    ts = check_grid(ts).detach().double().cpu()
+    alpha, sigma, dalpha, dsigma = (part.double()[:, None] for part in path.coefficients(ts))
+    quantiles = (torch.arange(DIRECTIONS, dtype=torch.float64) + 0.5) / DIRECTIONS
+    scale = MEDIAN * (SPREAD * torch.special.ndtri(quantiles)).exp()
+    deviation = (alpha**2 * scale**2 + sigma**2).sqrt()  # m, (K + 1, d)
+    rate = ((alpha * dalpha * scale**2 + sigma * dsigma) / deviation**2)[:-1]  # m' / m, the diagonal of J_x
+    v = rate * deviation[:-1]
+    if not v.isfinite().all():
+        raise ValueError(f"{path} has no finite velocities on this grid, from {ts[0]:g} to {ts[-1]:g}: end it earlier.")
+    facts = {
+        "along": f"nothing: Gaussian data are assumed, of scales around {MEDIAN:g}",
+        "path": str(path),
+        "grid": f"{len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}",
+    }
+    alpha_x, unknown = rms(rate * v) / rms(v), torch.full_like(ts[:-1], torch.nan)
+    gram, size = (v @ v.T / DIRECTIONS)[None], rms(deviation[-1:])
+    return SensitivityProfile(ts[:-1], alpha_x, unknown, gram=gram, size=size, end=ts[-1], facts=facts)

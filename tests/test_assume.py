@@ -1,0 +1,130 @@
+"""An assumed profile is what calibration measures on such data, and its plans are worth having on others."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import lognorm
+
+from benchmarks.fields.gmm import GaussianMixture
+from benchmarks.shipped import FIELDS
+from sencache import CachedField, SensitivityProfile, assumed, calibrate, rehearse
+from solvers import (
+    VP,
+    BrownianPath,
+    Cosine,
+    DPMSolverPP,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Linear,
+    Tabulated,
+    UniPC,
+    grids,
+    integrate,
+)
+from tests.flows import GaussianFlow, rms
+
+TABLE = Tabulated(torch.linspace(1, 1e-3, 1001, dtype=torch.float64)[1:] ** 2)
+SCALES = torch.from_numpy(lognorm(s=1.5, scale=0.2).ppf((np.arange(256) + 0.5) / 256))
+PATHS = {
+    "linear": (Linear(), 1.0, 0.0),
+    "linear, data at 1": (Linear(data_at=1.0), 0.0, 1.0),
+    "cosine": (Cosine(), 1.0, 0.0),
+    "VP": (VP(), 1.0, 1e-3),
+    "table": (TABLE, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_it_is_what_calibration_measures_on_gaussian_data(name):
+    path, start, end = PATHS[name]
+    ts = grids.uniform(800, start, end).double()
+    flow = GaussianFlow(path, mean=0.0, std=SCALES)
+    x_T = flow.moments(ts[0])[1][None]  # one deviation off in every direction
+    measured, told = calibrate(flow, x_T, ts, progress=False), assumed(path, ts)
+    assert torch.equal(told.t, measured.t)
+    assert torch.allclose(told.size, measured.size, rtol=0.02)
+    few = slice(0, 700, 50)  # where Euler's own steps are short beside the scales
+    size = measured.gram[0].diagonal().sqrt()
+    off = (told.gram - measured.gram)[0].abs() / (size * size[:, None])
+    assert off[few, few].max() < 0.03
+    assert torch.allclose(told.alpha_x[few], measured.alpha_x[few], rtol=0.1)
+    assert told.direction == measured.direction
+
+
+def test_time_may_run_either_way():
+    ts = grids.shifted(50, 3.0)
+    down, up = assumed(Linear(), ts), assumed(Linear(data_at=1.0), 1 - ts)
+    assert torch.allclose(down.gram, up.gram)
+    plans = [CachedField(GaussianFlow(Linear()), each, nfe=12).plan() for each in (down, up)]
+    assert plans[0].nodes.tolist() == plans[1].nodes.tolist()
+
+
+@pytest.mark.parametrize("nfe", [25, 15, 10])
+@pytest.mark.parametrize("name", ["linear", "VP", "VP logarithmic"])
+@pytest.mark.parametrize("method", ["Euler", "UniPC"])
+def test_its_plans_spend_their_budget_and_beat_fewer_steps_on_data_of_another_kind(name, method, nfe):
+    path = Linear() if name == "linear" else VP()
+
+    def grid(steps):
+        if name == "VP logarithmic":
+            return grids.logarithmic(steps, 1.0, 1e-3)
+        return grids.uniform(steps, 1.0, 0.0 if name == "linear" else 1e-3)
+
+    field, stepper = (
+        GaussianMixture.load(FIELDS / "gmm.safetensors", path),
+        UniPC(path) if method == "UniPC" else Euler(),
+    )
+    x = torch.randn(24, 256, generator=torch.Generator().manual_seed(5))
+    full = integrate(field, x, grid(50), stepper)
+    cached = CachedField(field, assumed(path, grid(50)), nfe=nfe)
+    ours = rms(cached.integrate(x, grid(50), stepper) - full)
+    assert (cached.report.evaluations == nfe).all()
+    assert ours.median() < 0.6 * rms(integrate(field, x, grid(nfe), stepper) - full).median()
+    assert math.isfinite(cached.report.expected)
+
+
+@pytest.mark.parametrize("method", ["Heun", "DDIM", "DPM-Solver++", "Euler-Maruyama"])
+def test_every_stepper_takes_its_plans(method):
+    path, ts = Linear(), grids.uniform(30)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = BrownianPath(x, ts, torch.Generator().manual_seed(2))
+    steppers = {
+        "Heun": Heun(),
+        "DDIM": DPMSolverPP(path, order=1),
+        "DPM-Solver++": DPMSolverPP(path),
+        "Euler-Maruyama": EulerMaruyama(path, noise),
+    }
+    cached = CachedField(GaussianFlow(path), assumed(path, ts), nfe=11)
+    assert cached.integrate(x, ts, steppers[method]).isfinite().all()
+    assert (cached.report.evaluations == 11).all()
+
+
+def test_it_can_be_saved_and_rehearsed(tmp_path):
+    field, ts = GaussianMixture.load(FIELDS / "gmm.safetensors", Linear()), grids.uniform(40)
+    x = torch.randn(80, 256, generator=torch.Generator().manual_seed(6))
+    assumed(Linear(), ts).save(tmp_path / "assumed.safetensors")
+    profile = SensitivityProfile.load(tmp_path / "assumed.safetensors")
+    profile = rehearse(field, profile, x[:32], ts)
+    cached = CachedField(field, profile, rtol=0.02)
+    full = integrate(field, x[32:], ts)
+    off = rms(cached.integrate(x[32:], ts) - full) / rms(full)
+    assert cached.plan(ts).nodes.numel() < 40
+    assert (off <= 0.02).double().mean() >= 0.8  # of 48; nine of ten are asked for
+
+
+def test_under_a_tolerance_nothing_is_known_and_everything_evaluated():
+    ts = grids.uniform(12)
+    cached = CachedField(GaussianFlow(Linear()), assumed(Linear(), ts), tolerance=1e9)
+    cached.integrate(torch.randn(2, 8), ts)
+    assert not cached.report.reuses.any()
+
+
+def test_a_path_that_is_not_finite_on_the_grid_is_refused():
+    with pytest.raises(ValueError, match="no finite velocities"):
+        assumed(VP(), grids.uniform(10, 0.0, 1.0))
+    assumed(VP(), grids.uniform(10, 1.0, 0.0))  # at the end alone nothing is asked
