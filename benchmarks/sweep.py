@@ -3,8 +3,9 @@
     python -m benchmarks.sweep [--images 32]
 
 Every setting is calibrated anew on 8 samples of the calibration seeds. Writes benchmarks/results/sweep.csv and prints
-it as Markdown: PSNR to the same sampler with all its evaluations, of ours and of the same stepper with fewer steps of
-the same kind of grid, at a half, a third and a fifth of the evaluations.
+it as Markdown: PSNR to the same sampler with all its evaluations, of ours, of ours without calibration (a profile
+assumed) and of the same stepper with fewer steps of the same kind of grid, at a half, a third and a fifth of the
+evaluations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ from tqdm import tqdm
 from benchmarks.fields.gmm import GaussianMixture
 from benchmarks.metrics import psnr
 from benchmarks.shipped import DEVICE, FIELDS, SEEDS, noise, sit_field
-from sencache import CachedField, calibrate
-from solvers import VP, DPMSolverPP, Euler, Heun, Linear, Stepper, UniPC, grids, integrate
+from sencache import CachedField, assumed, calibrate
+from solvers import VP, DPMSolverPP, Euler, Heun, Linear, Path, Stepper, UniPC, grids, integrate
 
 Grid = Callable[[int], Tensor]
 UNIFORM: Grid = grids.uniform
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
     grid: Grid
     steps: int = 50
     stepper: Stepper = Euler()
+    path: Path = Linear()
 
 
 class Half:
@@ -62,9 +64,9 @@ def gmm_noise(samples: int, purpose: str) -> Tensor:
     return torch.randn(samples, 1, 16, 16, generator=generator).to(DEVICE)
 
 
-def gmm(name: str, path: Any, grid: Grid, stepper: Stepper = Euler()) -> Setting:  # noqa: B008
+def gmm(name: str, path: Path, grid: Grid, stepper: Stepper = Euler()) -> Setting:  # noqa: B008
     field = GaussianMixture.load(FIELDS / "gmm.safetensors", path).to(DEVICE)
-    return Setting(f"mixture, {name}", lambda samples: field, gmm_noise, grid, 50, stepper)
+    return Setting(f"mixture, {name}", lambda samples: field, gmm_noise, grid, 50, stepper, path)
 
 
 def settings() -> Iterator[Setting]:
@@ -92,8 +94,8 @@ def measure(setting: Setting, images: int) -> Iterator[dict[str, Any]]:
     stages = 2 if isinstance(stepper, Heun) else 1
     for share in (2, 3, 5):
         nfe = stages * setting.steps // share
-        cached = CachedField(field, profile, nfe=nfe)
-        ours = psnr(cached.integrate(x, ts, stepper), full)
+        ours = psnr(CachedField(field, profile, nfe=nfe).integrate(x, ts, stepper), full)
+        without = psnr(CachedField(field, assumed(setting.path, ts), nfe=nfe).integrate(x, ts, stepper), full)
         fewer = psnr(integrate(field, x, setting.grid(nfe // stages), stepper), full)
         yield {
             "setting": setting.name,
@@ -101,6 +103,8 @@ def measure(setting: Setting, images: int) -> Iterator[dict[str, Any]]:
             "of": stages * setting.steps,
             "ours": round(float(ours.median()), 1),
             "ours_p10": round(float(ours.quantile(0.1)), 1),
+            "assumed": round(float(without.median()), 1),
+            "assumed_p10": round(float(without.quantile(0.1)), 1),
             "fewer_steps": round(float(fewer.median()), 1),
             "fewer_steps_p10": round(float(fewer.quantile(0.1)), 1),
         }
@@ -112,11 +116,12 @@ if __name__ == "__main__":
     images = parser.parse_args().images
     torch.set_grad_enabled(False)
     rows = [row for setting in tqdm(list(settings())) for row in measure(setting, images)]
-    with (Path(__file__).parent / "results/sweep.csv").open("w", newline="") as file:
+    with (File(__file__).parent / "results/sweep.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
-    print("| setting | NFE | ours: median | worst decile | fewer steps: median | worst decile |\n" + "|---" * 6 + "|")
+    print("| setting | NFE | ours: median | worst decile | assumed: median | worst decile |", end="")
+    print(" fewer steps: median | worst decile |\n" + "|---" * 8 + "|")
     for row in rows:
         print(
             f"| {row['setting']} | {row['nfe']} of {row['of']} | "

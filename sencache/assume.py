@@ -25,21 +25,23 @@ MEDIAN, SPREAD = 0.2, 1.5  # of the scales, log-normal: their median, and the de
 def assumed(path: Path, ts: Tensor) -> SensitivityProfile:
     """The profile of Gaussian data on ts (K + 1,), for budgets (`nfe`) on a field that nobody has measured.
 
-    path: on which the model was trained, from `solvers`. The data are taken to be scaled as models have them, to
-        deviations of about 1.
+    path: on which the model was trained, from `solvers`. The data are taken to be scaled as models have them, to a
+        deviation of 1 or so.
 
-    Its plans spend what they are asked to from the first sample on, with any stepper, and `rehearse` makes promises of
-    them. The errors that they expect are those on Gaussian data: docs/theory.md says how far off that was elsewhere.
-    There is no ||J_t||, so that under a tolerance everything is evaluated. Raises ValueError for a grid on which the
-    path is not finite.
+    Its plans spend what they are asked to from the first sample on, with any stepper. How rough the field is nobody has
+    measured, so that no error of the sample is expected, and what is predicted of a reuse holds for Gaussian data.
+    There is no ||J_t||: under a tolerance everything is evaluated. Raises ValueError for a grid that is not in the
+    path's time, or on which the path is not finite.
     """
     ts = check_grid(ts).detach().double().cpu()
-    alpha, sigma, dalpha, dsigma = (part.double()[:, None] for part in path.coefficients(ts))
+    if ts.min() < -1e-6 or ts.max() > 1 + 1e-6:
+        raise ValueError(f"A path's time runs from 0 to 1; got a grid from {ts[0]:g} to {ts[-1]:g}. Scale it to that.")
+    alpha, sigma, dalpha, dsigma = (part.double()[:, None] for part in path.coefficients(ts[:-1]))
     quantiles = (torch.arange(DIRECTIONS, dtype=torch.float64) + 0.5) / DIRECTIONS
     scale = MEDIAN * (SPREAD * torch.special.ndtri(quantiles)).exp()
-    deviation = (alpha**2 * scale**2 + sigma**2).sqrt()  # m, (K + 1, d)
-    rate = ((alpha * dalpha * scale**2 + sigma * dsigma) / deviation**2)[:-1]  # m' / m, the diagonal of J_x
-    v = rate * deviation[:-1]
+    deviation = (alpha**2 * scale**2 + sigma**2).sqrt()  # m, (K, d)
+    rate = (alpha * dalpha * scale**2 + sigma * dsigma) / deviation**2  # m' / m, the diagonal of J_x
+    v = rate * deviation
     if not v.isfinite().all():
         raise ValueError(f"{path} has no finite velocities on this grid, from {ts[0]:g} to {ts[-1]:g}: end it earlier.")
     facts = {
@@ -48,5 +50,4 @@ def assumed(path: Path, ts: Tensor) -> SensitivityProfile:
         "grid": f"{len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}",
     }
     alpha_x, unknown = rms(rate * v) / rms(v), torch.full_like(ts[:-1], torch.nan)
-    gram, size = (v @ v.T / DIRECTIONS)[None], rms(deviation[-1:])
-    return SensitivityProfile(ts[:-1], alpha_x, unknown, gram=gram, size=size, end=ts[-1], facts=facts)
+    return SensitivityProfile(ts[:-1], alpha_x, unknown, gram=(v @ v.T / DIRECTIONS)[None], end=ts[-1], facts=facts)

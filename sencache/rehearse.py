@@ -44,7 +44,7 @@ def rehearse(
     the full run's. Pays for a full run, and another for each budget, in which reuses are compared with the truth.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
-    (a `BrownianPath` is not), and for budgets of which there are no plans.
+    (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
     """
     if isinstance(getattr(stepper, "noise", None), WhiteNoise):
         raise ValueError("Runs with fresh noise cannot be compared: rehearse with a `BrownianPath`, drawn once.")
@@ -52,6 +52,10 @@ def rehearse(
     if len(times) != steps:
         raise ValueError(
             f"{stepper} asks for several outputs a step, of which plans leave some out: use `nfe` with it."
+        )
+    if profile.size is None:
+        raise ValueError(
+            "An assumed profile expects no error that could be rehearsed: calibrate first, `calibrate(...)`."
         )
     facts = {name: fact for name, fact in profile.facts.items() if name != "rehearsed"}
     profile = replace(profile, budgets=None, factors=None, ratios=None, facts=facts)

@@ -47,7 +47,6 @@ def test_it_is_what_calibration_measures_on_gaussian_data(name):
     x_T = flow.moments(ts[0])[1][None]  # one deviation off in every direction
     measured, told = calibrate(flow, x_T, ts, progress=False), assumed(path, ts)
     assert torch.equal(told.t, measured.t)
-    assert torch.allclose(told.size, measured.size, rtol=0.02)
     few = slice(0, 700, 50)  # where Euler's own steps are short beside the scales
     size = measured.gram[0].diagonal().sqrt()
     off = (told.gram - measured.gram)[0].abs() / (size * size[:, None])
@@ -85,7 +84,8 @@ def test_its_plans_spend_their_budget_and_beat_fewer_steps_on_data_of_another_ki
     ours = rms(cached.integrate(x, grid(50), stepper) - full)
     assert (cached.report.evaluations == nfe).all()
     assert ours.median() < 0.6 * rms(integrate(field, x, grid(nfe), stepper) - full).median()
-    assert math.isfinite(cached.report.expected)
+    assert math.isnan(cached.report.expected)  # how rough the field is nobody knows
+    assert "expected" not in str(cached.report)
 
 
 @pytest.mark.parametrize("method", ["Heun", "DDIM", "DPM-Solver++", "Euler-Maruyama"])
@@ -104,17 +104,16 @@ def test_every_stepper_takes_its_plans(method):
     assert (cached.report.evaluations == 11).all()
 
 
-def test_it_can_be_saved_and_rehearsed(tmp_path):
-    field, ts = GaussianMixture.load(FIELDS / "gmm.safetensors", Linear()), grids.uniform(40)
-    x = torch.randn(80, 256, generator=torch.Generator().manual_seed(6))
+def test_it_can_be_saved_and_has_no_error_to_rehearse(tmp_path):
+    ts, field = grids.uniform(40), GaussianFlow(Linear())
     assumed(Linear(), ts).save(tmp_path / "assumed.safetensors")
     profile = SensitivityProfile.load(tmp_path / "assumed.safetensors")
-    profile = rehearse(field, profile, x[:32], ts)
-    cached = CachedField(field, profile, rtol=0.02)
-    full = integrate(field, x[32:], ts)
-    off = rms(cached.integrate(x[32:], ts) - full) / rms(full)
-    assert cached.plan(ts).nodes.numel() < 40
-    assert (off <= 0.02).double().mean() >= 0.8  # of 48; nine of ten are asked for
+    plans = [CachedField(field, each, nfe=9).plan() for each in (profile, assumed(Linear(), ts))]
+    assert torch.equal(plans[0].nodes, plans[1].nodes)
+    with pytest.raises(ValueError, match="calibrate first"):
+        rehearse(field, profile, torch.randn(4, 8), ts)
+    with pytest.raises(ValueError, match="rehearsed"):
+        CachedField(field, profile, rtol=0.02)
 
 
 def test_under_a_tolerance_nothing_is_known_and_everything_evaluated():
@@ -128,3 +127,17 @@ def test_a_path_that_is_not_finite_on_the_grid_is_refused():
     with pytest.raises(ValueError, match="no finite velocities"):
         assumed(VP(), grids.uniform(10, 0.0, 1.0))
     assumed(VP(), grids.uniform(10, 1.0, 0.0))  # at the end alone nothing is asked
+
+
+def test_a_grid_in_another_unit_of_time_is_refused():
+    with pytest.raises(ValueError, match="runs from 0 to 1; got a grid from 1000 to 0"):
+        assumed(Linear(), grids.uniform(10, 1000.0, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_grids_may_be_of_any_precision(dtype):
+    ts = grids.uniform(8).to(dtype).requires_grad_()
+    cached = CachedField(lambda x, t: -x, assumed(Linear(), ts), nfe=3)
+    cached.integrate(torch.randn(2, 8, dtype=torch.float64), ts.detach())
+    assert (cached.report.evaluations == 3).all()
+    assert not cached.profile.gram.requires_grad
