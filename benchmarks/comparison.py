@@ -207,7 +207,7 @@ def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
     methods = [name for name in dict.fromkeys(result.method for result in results) if name != "all-steps"]
     others = [name for name in methods if not name.startswith("ours")]
     colours: dict[str, Any] = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(others)}
-    colours |= dict(zip((*OURS, *WITHOUT), ("black", "royalblue", "crimson", "0.5", "0.7"), strict=True))
+    colours |= dict(zip((*OURS, *WITHOUT), ("black", "royalblue", "crimson", "0.5", "darkorange"), strict=True))
     figure, axes = plt.subplots(2, len(fields), figsize=(4 * len(fields), 7.5), layout="constrained", squeeze=False)
     for column, field in enumerate(fields):
         for row, cost in enumerate(("evaluations", "seconds")):

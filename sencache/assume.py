@@ -30,9 +30,11 @@ def assumed(path: Path, ts: Tensor) -> SensitivityProfile:
 
     Its plans spend what they are asked to from the first sample on, with any stepper. How rough the field is nobody has
     measured, so that no error of the sample is expected, and what is predicted of a reuse holds for Gaussian data.
-    There is no ||J_t||: under a tolerance everything is evaluated. Raises ValueError for a grid that is not in the
-    path's time, or on which the path is not finite.
+    There is no ||J_t||: under a tolerance everything is evaluated. Raises TypeError for what is no path, and ValueError
+    for a grid that is not in the path's time, or on which velocities are not finite.
     """
+    if not isinstance(path, Path):
+        raise TypeError(f"Expected a path, such as `Linear()`, before the grid; got {path!r}.")
     ts = check_grid(ts).detach().double().cpu()
     if ts.min() < -1e-6 or ts.max() > 1 + 1e-6:
         raise ValueError(f"A path's time runs from 0 to 1; got a grid from {ts[0]:g} to {ts[-1]:g}. Scale it to that.")
@@ -42,10 +44,14 @@ def assumed(path: Path, ts: Tensor) -> SensitivityProfile:
     deviation = (alpha**2 * scale**2 + sigma**2).sqrt()  # m, (K, d)
     rate = (alpha * dalpha * scale**2 + sigma * dsigma) / deviation**2  # m' / m, the diagonal of J_x
     v = rate * deviation
-    if not v.isfinite().all():
-        raise ValueError(f"{path} has no finite velocities on this grid, from {ts[0]:g} to {ts[-1]:g}: end it earlier.")
+    infinite = ~v.isfinite().all(1)
+    if infinite.any():
+        raise ValueError(
+            f"On {path} velocities are not finite at t = {ts[:-1][infinite][0]:g}, and the grid asks for one there. "
+            "Leave that end of time out, or is `data_at` the other end?"
+        )
     facts = {
-        "along": f"nothing: Gaussian data are assumed, of scales around {MEDIAN:g}",
+        "assumed": f"Gaussian data of scales around {MEDIAN:g}",
         "path": str(path),
         "grid": f"{len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g}",
     }

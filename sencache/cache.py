@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.checks import check_fit, check_model, check_options, check_payload
+from sencache.checks import check_fit, check_model, check_options, check_path, check_payload
 from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Gains, Planned, Sensitivities
 from sencache.memory import Key, one_network
@@ -93,6 +93,7 @@ class CachedField:
             raise ValueError("Who decides, the `profile` or the `criterion`? Give one of them.")
         if profile is not None:
             check_model(profile, getattr(field, "fingerprint", None))
+            check_path(profile, getattr(field, "path", None))
             if rtol is not None:
                 profile.factor(1)  # raises where nothing was rehearsed
         elif tolerance is None and criterion is None:

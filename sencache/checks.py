@@ -84,6 +84,15 @@ def check_model(profile: SensitivityProfile, ours: str | None) -> None:
         )
 
 
+def check_path(profile: SensitivityProfile, ours: object) -> None:
+    """Raise where a profile was assumed on another path than `ours`; a field that does not know its own passes."""
+    if "assumed" in profile.facts and ours is not None and str(ours) != profile.facts["path"]:
+        raise ValueError(
+            f"The profile was assumed on {profile.facts['path']}, and this field is on {ours}: assume it on that, "
+            "`assumed(field.path, ts)`."
+        )
+
+
 def check_fit(profile: SensitivityProfile, ts: Tensor) -> None:
     """Raise where a grid (K + 1,) is not in the profile's unit of time or runs against its direction."""
     inside = int(profile.covers(ts[:-1].double().cpu()).sum())

@@ -126,8 +126,12 @@ def draw_summary(figure: Figure, profile: SensitivityProfile, plans: Sequence[Pl
             axes.text(0.5, 0.5, "no plans can be made of this profile", ha="center", va="center")
             axes.set_axis_off()
         return
-    draw_plans(middle, plans)
-    middle.set_title("what plans are expected to do", fontsize=10)
+    if "assumed" in profile.facts:
+        middle.text(0.5, 0.5, "assumed, not measured:\nno error is expected of plans", ha="center", va="center")
+        middle.set_axis_off()
+    else:
+        draw_plans(middle, plans)
+        middle.set_title("what plans are expected to do", fontsize=10)
     draw_nodes(right, plans)
     right.set_title("what they evaluate (dark) and reuse (light)", fontsize=10)
 

@@ -53,7 +53,7 @@ def rehearse(
         raise ValueError(
             f"{stepper} asks for several outputs a step, of which plans leave some out: use `nfe` with it."
         )
-    if profile.size is None:
+    if "assumed" in profile.facts:
         raise ValueError(
             "An assumed profile expects no error that could be rehearsed: calibrate first, `calibrate(...)`."
         )

@@ -97,7 +97,7 @@ class Report:
             lines.append(f"expected relative error of the sample: {self.expected:.2g}{promised}")
         if not self.stable:
             lines.append(
-                "The plan has gaps longer than the field's ||J_x|| allows, over which errors can grow: spend more "
+                "The plan has gaps longer than ||J_x|| allows, over which errors can grow: spend more "
                 "evaluations, or compare with fewer steps."
             )
         if self.discretisation > FAR * self.expected:

@@ -49,6 +49,7 @@ class Path(ABC):
     def __post_init__(self) -> None:
         if self.data_at not in (0.0, 1.0):
             raise ValueError(f"`data_at` is the time at which the data are, 0 or 1; got {self.data_at}.")
+        object.__setattr__(self, "data_at", float(self.data_at))  # 0 and 0.0 are one path, in words too
 
     @abstractmethod
     def _schedule(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from scipy.stats import lognorm
 from benchmarks.fields.gmm import GaussianMixture
 from benchmarks.shipped import FIELDS
 from sencache import CachedField, SensitivityProfile, assumed, calibrate, rehearse
+from sencache.command import main
 from solvers import (
     VP,
     BrownianPath,
@@ -59,7 +60,7 @@ def test_time_may_run_either_way():
     ts = grids.shifted(50, 3.0)
     down, up = assumed(Linear(), ts), assumed(Linear(data_at=1.0), 1 - ts)
     assert torch.allclose(down.gram, up.gram)
-    plans = [CachedField(GaussianFlow(Linear()), each, nfe=12).plan() for each in (down, up)]
+    plans = [CachedField(lambda x, t: x, each, nfe=12).plan() for each in (down, up)]
     assert plans[0].nodes.tolist() == plans[1].nodes.tolist()
 
 
@@ -124,20 +125,51 @@ def test_under_a_tolerance_nothing_is_known_and_everything_evaluated():
 
 
 def test_a_path_that_is_not_finite_on_the_grid_is_refused():
-    with pytest.raises(ValueError, match="no finite velocities"):
+    with pytest.raises(ValueError, match=r"not finite at t = 0, and .* Leave that end of time out"):
         assumed(VP(), grids.uniform(10, 0.0, 1.0))
+    with pytest.raises(ValueError, match=r"not finite at t = 1, and .* is `data_at` the other end"):
+        assumed(VP(data_at=1.0), grids.uniform(10, 1.0, 0.0))
     assumed(VP(), grids.uniform(10, 1.0, 0.0))  # at the end alone nothing is asked
 
 
 def test_a_grid_in_another_unit_of_time_is_refused():
     with pytest.raises(ValueError, match="runs from 0 to 1; got a grid from 1000 to 0"):
         assumed(Linear(), grids.uniform(10, 1000.0, 0.0))
+    with pytest.raises(ValueError, match="runs from 0 to 1; got a grid from 1 to -1"):
+        assumed(Linear(), grids.uniform(10, 1.0, -1.0))
+
+
+@pytest.mark.parametrize("path", [Linear, "linear", grids.uniform(4)])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(TypeError, match=r"Expected a path, such as `Linear\(\)`"):
+        assumed(path, grids.uniform(4))
+
+
+def test_a_field_that_is_on_another_path_is_refused():
+    ts = grids.uniform(10, 1.0, 0.1)
+    with pytest.raises(ValueError, match=r"assumed on Linear\(data_at=0.0\), and this field is on VP"):
+        CachedField(GaussianFlow(VP()), assumed(Linear(), ts), nfe=4)
+    CachedField(GaussianFlow(VP()), assumed(VP(), ts), nfe=4)
+    CachedField(GaussianFlow(Linear(data_at=0)), assumed(Linear(), ts), nfe=4)
+    CachedField(lambda x, t: -x, assumed(Linear(), ts), nfe=4)
+
+
+def test_what_is_shown_of_it_claims_no_error(tmp_path, capsys):
+    assumed(Linear(), grids.uniform(30)).save(tmp_path / "a.safetensors")
+    main(["show", str(tmp_path / "a.safetensors"), "--nfe", "5", "10", "--plot", str(tmp_path / "a.png")])
+    said = capsys.readouterr().out
+    assert "nan" not in said
+    assert "expected error" not in said
+    assert "nothing measured" in said
+    assert "nfe=5: 1, " in said
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_grids_may_be_of_any_precision(dtype):
     ts = grids.uniform(8).to(dtype).requires_grad_()
-    cached = CachedField(lambda x, t: -x, assumed(Linear(), ts), nfe=3)
+    profile = assumed(Linear(), ts)
+    cached = CachedField(lambda x, t: -x, profile, nfe=3)
     cached.integrate(torch.randn(2, 8, dtype=torch.float64), ts.detach())
     assert (cached.report.evaluations == 3).all()
-    assert not cached.profile.gram.requires_grad
+    assert torch.equal(profile.gram, assumed(Linear(), ts.detach().double()).gram)

@@ -99,13 +99,18 @@ def sensitivities(profile: SensitivityProfile) -> str:
             f"{profile.t[k]:10.4g}{output:>12}"
             + "".join(f"{number(float(a[k])):>10}" for a in (profile.alpha_x, profile.alpha_t))
         )
-    if not (profile.alpha_x.isfinite() & profile.alpha_t.isfinite()).any():
+    if "assumed" in profile.facts:
+        lines.append("All of this is assumed, and nothing measured; `tolerance=` needs |J_t| too.")
+    elif not (profile.alpha_x.isfinite() & profile.alpha_t.isfinite()).any():
         lines.append("Sensitivities were not measured; plans do not need them, `tolerance=` does.")
     return "\n".join(lines)
 
 
 def expectations(profile: SensitivityProfile, plans: list[Plan]) -> str:
     """What each plan should do to the sample, and which times it evaluates."""
+    times = "\n".join(map(evaluated, plans))
+    if "assumed" in profile.facts:
+        return f"No error is expected of plans where nothing was measured. They evaluate at\n{times}"
     rehearsed = any(plan.promised < math.inf for plan in plans)
     heads = f"{'evaluations':>12}{'expected error':>16}" + (f"{'90 % keep':>12}" if rehearsed else "")
     bounds = rehearsed and profile.ratios is not None
@@ -120,12 +125,13 @@ def expectations(profile: SensitivityProfile, plans: list[Plan]) -> str:
     if not rehearsed:
         said.append("They leave out what errors do to later outputs: `sencache calibrate --rehearse` measures that.")
     lines += textwrap.wrap(" ".join(said), 110)
-    lines.append("")
-    for plan in plans:
-        times = ", ".join(f"{t:.4g}" for t in plan.times[plan.nodes].tolist())
-        lead = f"nfe={len(plan.nodes)}: "
-        lines += textwrap.wrap(lead + times, 110, subsequent_indent=" " * len(lead))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", times])
+
+
+def evaluated(plan: Plan) -> str:
+    """The times at which a plan evaluates."""
+    times, lead = ", ".join(f"{t:.4g}" for t in plan.times[plan.nodes].tolist()), f"nfe={len(plan.nodes)}: "
+    return "\n".join(textwrap.wrap(lead + times, 110, subsequent_indent=" " * len(lead)))
 
 
 def number(value: float) -> str:
