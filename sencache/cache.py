@@ -36,7 +36,8 @@ class CachedField:
 
     field: v = field(x, t, ...). If it has `select(rows)`, which returns the field of those samples alone, only samples
         that need it are evaluated; otherwise one sample's need computes the whole batch.
-    profile: what `calibrate` measured on this field. Without one, `tolerance` goes by the field's own outputs.
+    profile: what `calibrate` measured on this field, or what is `assumed` of it, good for `nfe` alone. Without one,
+        `tolerance` goes by the field's own outputs.
     criterion: another judge in place of the profile, such as those of `sencache.baselines`, or one of your own: a
         `Criterion` or `Watching` of `run.py`. `tolerance` is then in its unit, and `max_reuses` unlimited by default.
         A `Scheduled` one says itself where to evaluate and needs no tolerance.

@@ -12,6 +12,7 @@ from sencache.criteria import Scheduled
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES
 from sencache.run import Criterion, check_direction
+from solvers import Path
 
 UNITS = ("output", "sample")
 
@@ -86,7 +87,7 @@ def check_model(profile: SensitivityProfile, ours: str | None) -> None:
 
 def check_path(profile: SensitivityProfile, ours: object) -> None:
     """Raise where a profile was assumed on another path than `ours`; a field that does not know its own passes."""
-    if "assumed" in profile.facts and ours is not None and str(ours) != profile.facts["path"]:
+    if "assumed" in profile.facts and isinstance(ours, Path) and str(ours) != profile.facts["path"]:
         raise ValueError(
             f"The profile was assumed on {profile.facts['path']}, and this field is on {ours}: assume it on that, "
             "`assumed(field.path, ts)`."

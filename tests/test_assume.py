@@ -139,6 +139,15 @@ def test_a_grid_in_another_unit_of_time_is_refused():
         assumed(Linear(), grids.uniform(10, 1.0, -1.0))
 
 
+class OnDisk:
+    """A field whose `path` is something else."""
+
+    path = "weights.safetensors"
+
+    def __call__(self, x, t):
+        return -x
+
+
 @pytest.mark.parametrize("path", [Linear, "linear", grids.uniform(4)])
 def test_what_is_no_path_is_refused(path):
     with pytest.raises(TypeError, match=r"Expected a path, such as `Linear\(\)`"):
@@ -152,6 +161,7 @@ def test_a_field_that_is_on_another_path_is_refused():
     CachedField(GaussianFlow(VP()), assumed(VP(), ts), nfe=4)
     CachedField(GaussianFlow(Linear(data_at=0)), assumed(Linear(), ts), nfe=4)
     CachedField(lambda x, t: -x, assumed(Linear(), ts), nfe=4)
+    CachedField(OnDisk(), assumed(Linear(), ts), nfe=4)
 
 
 def test_what_is_shown_of_it_claims_no_error(tmp_path, capsys):
