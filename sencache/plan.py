@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -26,10 +26,11 @@ from torch import Tensor
 
 from sencache.batch import Array
 from sencache.discretisation import discretisation
+from sencache.expected import Errors
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
-from sencache.schedule import HEARD, Problem, integrated, quadratic, schedules
+from sencache.schedule import HEARD, Problem, quadratic, schedules
 from solvers import Stepper, VelocityField
 
 
@@ -127,35 +128,12 @@ def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int
     return x
 
 
-def expectation(problem: Problem, nodes: Tensor, size: Tensor) -> Plan:
+def expectation(problem: Problem, nodes: Tensor, size: Tensor, errors: Errors | None = None) -> Plan:
     """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
-    before = torch.cat([torch.tensor([-1]), nodes[:-1]])
-    end = torch.cat([nodes[1:], torch.tensor([len(problem.times)])])
-    total = problem.residual(before, nodes, end).sum(0, keepdim=True)
-    echo = _echoes(problem, before, nodes, end, total[0])
-    unstable = problem.instability()[nodes, end].sum()
-    squares = [
-        quadratic(total, gram)[0] + quadratic(echo, gram).sum() + unstable * integrated(problem, gram)
-        for gram in problem.gram
-    ]
-    error = torch.stack(squares).sqrt()
-    relative = float(error.median() / size)
+    errors = errors or Errors(problem)
+    error, stable = errors.of(nodes).sqrt(), not bool(errors.instability(nodes[None]))
     kind = problem.reuse, problem.variable, problem.correct
-    return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, relative, not bool(unstable))
-
-
-def _echoes(problem: Problem, before: Tensor, nodes: Tensor, end: Tensor, total: Tensor) -> Tensor:
-    """What evaluations after the first are off by in a wrong state: weights (N - 1, T) of the size it has in the end.
-
-    ||J_x|| times the state's error, times what the output weighs. The state's error is what the gaps before left and
-    what the last one has not repaid yet. An output weighs in the end as much as the stepper's own weights and all that
-    it is continued, interpolated and repaid by: gain less `total`.
-    """
-    assert problem.alpha_x is not None
-    left = problem.residual(before, nodes, end)
-    debt = left.cumsum(0) - left + replace(problem, correct=False).residual(before, nodes, end)
-    at = nodes[1:]
-    return (problem.alpha_x * (problem.gain - total))[at, None] * debt[:-1]
+    return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, float(error.median() / size), stable)
 
 
 def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,9 +181,11 @@ def plan_for(
     others. The output at the grid's end, which only they ask for, is the last calibrated one where calibration was not
     of such a stepper.
     Where `regime` changes, another network takes over: its first time is evaluated, and nothing is carried across.
-    The variable in which outputs are continued is the one in which the plan is expected to do better.
+    The variable in which outputs are continued is the one in which the plan is expected to do better, by the geometric
+    mean over the samples.
 
-    Where every step adds noise, the search leaves echoes out: the noise moves later outputs more than any debt does.
+    Where every step adds noise, the search leaves echoes out, because the noise moves later outputs more than any debt
+    does, and stops at the shortest path.
     Where every plan has gaps longer than `STABLE` allows, one that holds and repays nothing is taken if it is expected
     to do better, because holding allows the longest gaps. An `rtol` takes none of these plans.
     """
@@ -257,24 +237,36 @@ def best_plan(
     most = nfe or max(networks, -(-len(times) // 2))
     if rtol is not None:
         most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))
-    found = [schedules(problem, most) for problem in problems]
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
+    paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
 
-    def best(nodes: list[Tensor]) -> Plan:
-        n = len(nodes[0])
-        plans = [expectation(problem, each, size) for problem, each in zip(problems, nodes, strict=True)]
+    def best(n: int, polish: bool = True) -> Plan:
+        plans = [expected(errors, path[n - 1], polish) for errors, path in paths]
         plans = [plan for plan in plans if plan.stable] or plans
         if rtol is None and not plans[0].stable:
             held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
-            plans.append(expectation(held, schedules(held, n)[-1], size))
-        plan = min(plans, key=lambda plan: float(plan.error.median()))
+            plans.append(expected(Errors(held), schedules(held, n)[-1]))
+        return promising(min(plans, key=lambda plan: float(plan.error.log().mean())))
+
+    def expected(errors: Errors, nodes: Tensor, polish: bool = True) -> Plan:
+        return expectation(errors.problem, errors.polished(nodes) if polish else nodes, size, errors)
+
+    def promising(plan: Plan) -> Plan:
+        n = len(plan.nodes)
         if not known:
             return plan
         promised = plan.relative_error * profile.factor(n) if n < len(times) else 0.0
         return replace(plan, change=plan.change * profile.typical(n), promised=promised)
 
     if rtol is None:
-        return best([each[-1] for each in found])
-    cheaper = (best(list(nodes)) for nodes in list(zip(*found, strict=True))[networks - 1 :])
-    met = (plan for plan in cheaper if plan.stable and plan.promised <= rtol)
-    return next(met, best(2 * [torch.arange(len(times))]))
+        return best(most)
+    made = cache(best)
+
+    def meets(plan: Plan) -> bool:
+        return plan.stable and plan.promised <= rtol
+
+    enough = next((n for n in range(networks, most) if meets(best(n, polish=False))), most)
+    while enough > networks and meets(made(enough)) and meets(made(enough - 1)):
+        enough -= 1
+    everything = promising(expected(paths[0][0], torch.arange(len(times)), polish=False))
+    return next((plan for plan in map(made, range(enough, most + 1)) if meets(plan)), everything)

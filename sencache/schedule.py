@@ -9,7 +9,7 @@ Shapes: T query times of the grid; S calibration samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ HEARD = 0.5  # of echoes, in the search, which knows only a part of what they we
 # continued (Adams-Bashforth of order 2: 1) or outputs held (Euler: 2). Repaid lines bear .54 on that equation, and more
 # on trained fields, where echoes have no direction.
 STABLE = {"linear": 0.9, "hold": 1.8}
+DAMPED = {"linear": 0.54, "hold": 1.8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +81,16 @@ class Problem:
                 left[rows, node] -= share
         return left
 
-    def instability(self) -> Tensor:
-        """What gaps ref -> end beyond `STABLE` are taken to cost, (T, T + 1), in squares of all that is integrated.
+    def instability(self, limits: Mapping[str, float] = STABLE) -> Tensor:
+        """What gaps ref -> end beyond `limits` are taken to cost, (T, T + 1), in squares of all that is integrated.
 
         The square of how far they go beyond, at the reference's ||J_x||. A gap is as long as what its outputs weigh in
         the end: so long in t for Euler. The first is always held, and from the last nothing goes on.
         """
         assert self.alpha_x is not None
         reach, j = _until(self.gain.abs()), torch.arange(len(self.times))
-        stable = torch.full((len(j), len(reach)), STABLE[self.reuse], dtype=reach.dtype)
-        stable[0] = stable[:, -1] = STABLE["hold"]
+        stable = torch.full((len(j), len(reach)), limits[self.reuse], dtype=reach.dtype)
+        stable[0] = stable[:, -1] = limits["hold"]
         beyond = (self.alpha_x[:, None] * (reach - reach[:-1, None]) - stable).clamp(min=0)
         return beyond.square() * (torch.arange(len(reach)) > j[:, None] + 1)
 

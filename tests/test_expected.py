@@ -1,0 +1,200 @@
+"""Whole schedules: what is expected of them, and the moves that make them better.
+
+The oracle runs the real cache on fields of time alone. What an evaluation weighs in a later state is seen by pushing
+that one output, and the echoes are added up from there, one pair of evaluations after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+
+from sencache import CachedField, calibrate
+from sencache.criteria import Scheduled
+from sencache.expected import Errors
+from sencache.plan import expectation, influence
+from sencache.schedule import Problem, schedules
+from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Linear, UniPC, grids, integrate
+from tests.flows import rms
+
+K, SAMPLES, SIZE = 14, 3, 7
+TS = grids.uniform(K, 0.95, 0.05)
+X = torch.zeros(SAMPLES, SIZE, dtype=torch.float64)
+STEPPERS = {"Euler": Euler(), "DDIM": DPMSolverPP(Linear(), 1), "DPM-Solver++ 2M": DPMSolverPP(Linear(), 2)}
+WAYS = [("hold", False), ("hold", True), ("linear", False), ("linear", True)]
+WAY = pytest.mark.parametrize(("reuse", "correct"), WAYS, ids=[f"{reuse}, {correct}" for reuse, correct in WAYS])
+
+
+def waves(seed=0):
+    """Outputs of several frequencies, each sample its own."""
+    generator = torch.Generator().manual_seed(seed)
+    size, rate, phase = torch.rand(3, 4, SAMPLES, SIZE, generator=generator, dtype=torch.float64)
+    return lambda x, t: (size * torch.cos(9 * rate * float(t) + 6 * phase)).sum(0)
+
+
+def posed(field, reuse="linear", correct=True, alpha_x=None, stepper=STEPPERS["Euler"], variable="t", **more):
+    times, gain = influence(stepper, TS)
+    outputs = torch.stack([field(X, t) for t in times])
+    gram = torch.einsum("isd,jsd->sij", outputs, outputs) / SIZE
+    return Problem(times, gain, gram, reuse, variable, correct, alpha_x=alpha_x, **more)
+
+
+def pushed(field, problem, stepper, nodes, k=None):
+    """The states at all query times and the end, (T + 1, SAMPLES, SIZE), of a run whose k-th evaluation is off by 1."""
+    states, calls = {}, []
+
+    def seen(x, t):
+        calls.append(t)
+        return field(x, t) + (len(calls) - 1 == k)
+
+    cached = CachedField(seen, criterion=Scheduled(problem.times, nodes), reuse=problem.reuse, correct=problem.correct)
+    with cached.following(TS, stepper) as (run, repaying):
+        asked = lambda x, t: states.setdefault(float(t), x) * 0 + run(x, t)  # noqa: E731
+        end = integrate(asked, X, TS, repaying)
+    return torch.stack([*(states[t] for t in problem.times.tolist()), end])
+
+
+@pytest.mark.parametrize("method", ["Euler", "DDIM"])
+@pytest.mark.parametrize("nodes", [[0, 3, 5, 9, 12], [0, 1, 2, 8], [0, 4, 13]], ids=str)
+@WAY
+def test_an_error_is_what_gaps_leave_and_what_evaluations_in_wrong_states_do(method, nodes, reuse, correct):
+    field, stepper, at = waves(), STEPPERS[method], torch.tensor(nodes)
+    alpha_x = torch.linspace(0.3, 1.2, K, dtype=torch.float64)
+    problem = posed(field, reuse, correct, alpha_x, stepper)
+    true = torch.stack(full_states(field, stepper))
+    run = pushed(field, problem, stepper, at)
+    off = rms((run - true).flatten(0, 1)).unflatten(0, (K + 1, SAMPLES)).square()  # of the states, outputs being right
+    weigh = torch.stack([(pushed(field, problem, stepper, at, k) - run)[:, 0, 0] for k in range(len(nodes))])
+    expected = off[K].clone()
+    for late in range(1, len(nodes)):
+        state = off[nodes[late]].clone()
+        for early in range(1, late):
+            state += min(1, float(alpha_x[nodes[early]] * weigh[early, nodes[late]]) ** 2) * off[nodes[early]]
+        expected += float(alpha_x[nodes[late]] * weigh[late, K]) ** 2 * state
+    torch.testing.assert_close(Errors(problem).of(at), expected, rtol=1e-6, atol=1e-14)
+
+
+def full_states(field, stepper):
+    """The states (T + 1) of the run without a cache."""
+    found = []
+    end = integrate(lambda x, t: found.append(x) or field(x, t), X, TS, stepper)
+    return [*found, end]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [3, 6, 9])
+@WAY
+def test_no_evaluation_had_better_be_elsewhere_between_its_neighbours(n, seed, reuse, correct):
+    alpha_x = torch.linspace(0.1, 0.9, K, dtype=torch.float64)
+    problem = posed(waves(seed), reuse, correct, alpha_x)
+    errors, path = Errors(problem), schedules(problem, n)[-1]
+    found = errors.polished(path)
+
+    def typical(nodes):
+        return float(expectation(problem, torch.tensor(nodes), torch.tensor(1.0)).error.log().mean())
+
+    nodes, least = found.tolist(), typical(found.tolist())
+    assert len(nodes) == n
+    assert nodes == sorted(set(nodes))
+    assert nodes[0] == 0
+    assert least <= typical(path.tolist()) + 1e-9
+    for i in range(1, n):
+        last = nodes[i + 1] if i + 1 < n else K
+        for j in range(nodes[i - 1] + 1, last):
+            moved = [*nodes[:i], j, *nodes[i + 1 :]]
+            longer = errors.undamped[moved, [*moved[1:], K]].sum() > errors.undamped[nodes, [*nodes[1:], K]].sum()
+            assert longer or typical(moved) >= least - 1e-5
+
+
+def test_what_is_polished_is_near_the_best_of_all_schedules():
+    """Of every way to choose six of fourteen: nearer than the shortest path is, on most fields."""
+    ours, paths = [], []
+    for seed in range(8):
+        problem = posed(waves(seed), alpha_x=torch.full((K,), 0.3, dtype=torch.float64))
+        errors, path = Errors(problem), schedules(problem, 6)[-1]
+        every = [errors.of(torch.tensor([0, *rest])).log().mean() for rest in combinations(range(1, K), 5)]
+        best = float(min(every))
+        ours.append(float(errors.of(errors.polished(path)).log().mean()) - best)
+        paths.append(float(errors.of(path).log().mean()) - best)
+    assert min(ours) > -1e-6
+    assert sorted(ours)[4] < 1.0  # 4 dB
+    assert sum(ours) < 0.6 * sum(paths)
+
+
+def test_runs_come_as_near_as_polished_plans_expect():
+    """On fields that do not feel the state all is known beforehand, the plan's lead over the shortest path too."""
+    leads = []
+    for seed in range(5):
+        field = waves(seed)
+        profile = calibrate(
+            field, X + torch.randn(X.shape, generator=torch.Generator().manual_seed(1)), TS, progress=False
+        )
+        cached = CachedField(field, profile, nfe=6)
+        made = rms(cached.integrate(X, TS) - integrate(field, X, TS))
+        torch.testing.assert_close(made, cached.plan(TS).error, rtol=1e-5, atol=1e-9)
+        problem = posed(field)
+        path = expectation(problem, schedules(problem, 6)[-1], torch.tensor(1.0))
+        leads.append(float(path.error.log().mean() - made.log().mean()))
+    assert sorted(leads)[2] > 0.2  # 1.7 dB
+
+
+def test_the_first_output_of_every_network_stays_evaluated():
+    part = torch.tensor([0] * 5 + [1] * 4 + [2] * 5)
+    problem = posed(waves(), part=part, alpha_x=torch.full((K,), 0.5, dtype=torch.float64))
+    for n in (3, 5, 8):
+        nodes = Errors(problem).polished(schedules(problem, n)[-1]).tolist()
+        assert len(nodes) == n
+        assert {0, 5, 9} <= set(nodes)
+
+
+def test_where_gaps_are_unstable_nothing_is_moved():
+    problem = posed(waves(), alpha_x=torch.full((K,), 12.0, dtype=torch.float64))
+    errors, nodes = Errors(problem), torch.tensor([0, 4, 6, 11])
+    assert errors.instability(nodes[None]) > 0
+    assert torch.equal(errors.polished(nodes), nodes)
+
+
+@pytest.mark.parametrize("n", [4, 5, 6])
+def test_no_gap_becomes_longer_than_repaid_lines_are_damped_in(n):
+    alpha_x = torch.full((K,), 3.5, dtype=torch.float64)
+    for seed in range(4):
+        problem = posed(waves(seed), alpha_x=alpha_x)
+        errors, path = Errors(problem), schedules(problem, n)[-1]
+        found = errors.polished(path)
+
+        def beyond(nodes):
+            ends = [*nodes.tolist()[1:], K]
+            gaps = [
+                3.5 * float(TS[i] - TS[j]) - 0.54
+                for i, j in zip(nodes.tolist(), ends, strict=True)
+                if j > i + 1 and i and j < K
+            ]
+            return sum(max(0.0, gap) ** 2 for gap in gaps)
+
+        assert beyond(found) <= beyond(path) + 1e-9
+
+
+def test_where_every_step_adds_noise_plans_are_shortest_paths_and_echoes_are_expected():
+    field, x = waves(), torch.randn(X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noisy = EulerMaruyama(Linear(), BrownianPath(X, TS, torch.Generator().manual_seed(0)))
+    profile = calibrate(field, x, TS, noisy, progress=False)
+    profile = replace(profile, alpha_x=0 * profile.alpha_x + 0.5)
+    made = CachedField(field, profile, nfe=6).plan(TS, noisy)
+    times, gain = influence(noisy, TS)
+    hears = torch.full((K,), 0.5, dtype=torch.float64)
+    problem = Problem(times, gain, profile.gram, "linear", made.variable, True, alpha_x=hears, heard=0.0)
+    assert torch.equal(made.nodes, schedules(problem, 6)[-1])
+    torch.testing.assert_close(made.error, Errors(problem).of(made.nodes).sqrt())
+    assert (made.error > Errors(replace(problem, alpha_x=0 * hears)).of(made.nodes).sqrt()).all()
+
+
+@pytest.mark.parametrize("stepper", [UniPC(Linear()), DPMSolverPP(Linear(), 2)], ids=str)
+def test_multistep_solvers_are_polished_too(stepper):
+    field = waves()
+    x = torch.randn(X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cached = CachedField(field, calibrate(field, x, TS, stepper, progress=False), nfe=6)
+    made = rms(cached.integrate(X, TS, stepper) - integrate(field, X, TS, stepper))
+    torch.testing.assert_close(made, cached.plan(TS, stepper).error, rtol=1e-5, atol=1e-9)
