@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.echoes import BUDGETS, states
 from sencache import CachedField, calibrate
 from sencache.norms import rms
-from sencache.schedule import STABLE
+from sencache.schedule import DAMPED, STABLE
 from solvers import VelocityField, grids, integrate
 
 RATES = (5.0, 10.0, 20.0, 30.0)
@@ -37,8 +37,9 @@ def errors(rate: float, nfe: int, samples: int) -> list[float]:
         return float((rms(end - full) / rms(full)).median())
 
     found = [off(integrate(field, x, grids.uniform(nfe)))]
-    for stable in (STABLE, dict.fromkeys(STABLE, math.inf)):
-        with patch.dict(STABLE, stable):
+    unlimited = dict.fromkeys(STABLE, math.inf)
+    for stable, damped in ((STABLE, DAMPED), (unlimited, unlimited)):
+        with patch.dict(STABLE, stable), patch.dict(DAMPED, damped):
             cached = CachedField(field, profile, nfe=nfe)
             found += [off(cached.integrate(x, GRID)), cached.report.expected]
     return found

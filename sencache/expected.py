@@ -80,10 +80,10 @@ class Errors:
     def polished(self, nodes: Tensor) -> Tensor:
         """Of schedules like `nodes` (N,), one in which no evaluation had better be elsewhere between its neighbours.
 
-        By the geometric mean over the samples. No gap becomes longer than repaid lines are damped in. Nothing is moved
-        where little is known of errors: where gaps are unstable, and where noise makes the search leave echoes out.
+        By the geometric mean over the samples. No gap becomes longer than repaid lines are damped in; where gaps are
+        unstable, errors are hardly known, and nothing is moved.
         """
-        if self.instability(nodes[None]) or not self.problem.heard:
+        if self.instability(nodes[None]):
             return nodes
         gaps, settled = self._gaps(nodes[None]), 0
         least = self._typical(nodes[None], gaps)[0]

@@ -12,7 +12,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from sencache import CachedField, calibrate
+from sencache import CachedField, assumed, calibrate
 from sencache.criteria import Scheduled
 from sencache.expected import Errors
 from sencache.plan import expectation, influence
@@ -189,6 +189,17 @@ def test_where_every_step_adds_noise_plans_are_shortest_paths_and_echoes_are_exp
     assert torch.equal(made.nodes, schedules(problem, 6)[-1])
     torch.testing.assert_close(made.error, Errors(problem).of(made.nodes).sqrt())
     assert (made.error > Errors(replace(problem, alpha_x=0 * hears)).of(made.nodes).sqrt()).all()
+
+
+def test_what_is_assumed_is_not_polished():
+    """Of Gaussians errors cancel in ways of their own."""
+    profile = assumed(Linear(), TS)
+    made = CachedField(waves(), profile, nfe=6).plan(TS)
+    alpha_x = profile.lookup(TS[:-1])[0]
+    problem = Problem(*influence(Euler(), TS), profile.gram, "linear", made.variable, True, alpha_x=alpha_x)
+    path = schedules(problem, 6)[-1]
+    assert torch.equal(made.nodes, path)
+    assert not torch.equal(Errors(problem).polished(path), path)
 
 
 @pytest.mark.parametrize("stepper", [UniPC(Linear()), DPMSolverPP(Linear(), 2)], ids=str)
