@@ -185,7 +185,8 @@ def plan_for(
     mean over the samples.
 
     Where every step adds noise, the search leaves echoes out, because the noise moves later outputs more than any debt
-    does. Then, and where the profile is assumed, it stops at the shortest path: how errors cancel is not known.
+    does. Then, and where the profile is assumed, it stops at the shortest path, because how errors cancel is not known;
+    and where outputs are held, which gained nothing from more.
     Where every plan has gaps longer than `STABLE` allows, one that holds and repays nothing is taken if it is expected
     to do better, because holding allows the longest gaps. An `rtol` takes none of these plans.
     """
@@ -240,7 +241,9 @@ def best_plan(
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
     paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
 
-    def best(n: int, polished: bool = True) -> Plan:
+    cancels = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # as expected, one gap's error another's
+
+    def best(n: int, polished: bool = cancels) -> Plan:
         plans = [expected(errors, path[n - 1], polished) for errors, path in paths]
         plans = [plan for plan in plans if plan.stable] or plans
         if rtol is None and not plans[0].stable:
@@ -248,10 +251,8 @@ def best_plan(
             plans.append(expected(Errors(held), schedules(held, n)[-1]))
         return promising(min(plans, key=lambda plan: float(plan.error.log().mean())))
 
-    trusted = heard and "assumed" not in profile.facts  # that errors of different gaps cancel as is expected
-
-    def expected(errors: Errors, nodes: Tensor, polished: bool = True) -> Plan:
-        return expectation(errors.problem, errors.polished(nodes) if polished and trusted else nodes, size, errors)
+    def expected(errors: Errors, nodes: Tensor, polished: bool = False) -> Plan:
+        return expectation(errors.problem, errors.polished(nodes) if polished else nodes, size, errors)
 
     def promising(plan: Plan) -> Plan:
         n = len(plan.nodes)
@@ -270,5 +271,5 @@ def best_plan(
     enough = next((n for n in range(networks, most) if meets(best(n, polished=False))), most)
     while enough > networks and meets(made(enough)) and meets(made(enough - 1)):
         enough -= 1
-    everything = promising(expected(paths[0][0], torch.arange(len(times)), polished=False))
+    everything = promising(expected(paths[0][0], torch.arange(len(times))))
     return next((plan for plan in map(made, range(enough, most + 1)) if meets(plan)), everything)
