@@ -70,6 +70,21 @@ class Errors:
         used = self.problem.alpha_x * (self.problem.gain * taken - still)
         return used.gather(2, nodes[:, None].expand(-1, nodes.shape[1], -1)).square()
 
+    def stable(self, nodes: Tensor) -> bool:
+        """Whether no gap of `nodes` (N,) is longer than errors can bear, and the test equation is damped.
+
+        That is dx/dt = -||J_x|| x (Dahlquist 1963) from x = 1: a schedule that ends it farther from 0 lets errors grow.
+        """
+        problem, gaps = self.problem, self._gaps(nodes[None])
+        assert problem.alpha_x is not None
+        decay = -problem.alpha_x * problem.gain.sum().sign()
+        x, y, due = torch.ones((), dtype=decay.dtype), torch.zeros_like(decay), torch.zeros_like(decay)
+        for r, left, owed in zip(nodes.tolist(), gaps.left[0], gaps.owed[0], strict=True):
+            y[r] = decay[r] * x
+            x = x + due @ y + problem.gain[r] * y[r] - owed @ y  # the gap before is repaid, this one walked on reuses
+            due = owed - left
+        return not self.instability(nodes[None]) and bool(x.abs() <= 1)
+
     def instability(self, nodes: Tensor) -> Tensor:
         """How far the gaps of schedules go beyond what is stable, (C,); 0 if none does."""
         return self._summed(self.beyond, nodes)

@@ -47,7 +47,7 @@ class Plan:
     difference: Tensor  # (T,) expected RMS difference of the last two evaluations before each output; NaN without two
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
-    stable: bool = True  # whether no gap is known to be longer than `STABLE` allows, beyond which errors can grow
+    stable: bool = True  # whether errors are not known to grow: `Errors.stable`
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
@@ -131,7 +131,7 @@ def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int
 def expectation(problem: Problem, nodes: Tensor, size: Tensor, errors: Errors | None = None) -> Plan:
     """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
     errors = errors or Errors(problem)
-    error, stable = errors.of(nodes).sqrt(), not bool(errors.instability(nodes[None]))
+    error, stable = errors.of(nodes).sqrt(), errors.stable(nodes)
     kind = problem.reuse, problem.variable, problem.correct
     return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, float(error.median() / size), stable)
 
@@ -187,8 +187,8 @@ def plan_for(
     Where every step adds noise, the search leaves echoes out, because the noise moves later outputs more than any debt
     does. Then, and where the profile is assumed, it stops at the shortest path, because how errors cancel is not known;
     and where outputs are held, which gained nothing from more.
-    Where every plan has gaps longer than `STABLE` allows, one that holds and repays nothing is taken if it is expected
-    to do better, because holding allows the longest gaps. An `rtol` takes none of these plans.
+    Where errors can grow under every plan, one that holds and repays nothing is taken if they cannot under it or it is
+    expected to do better, because holding allows the longest gaps. An `rtol` takes none of these plans.
     """
     times, gain = influence(stepper, ts)
     unknown = times[~profile.near(times)]
@@ -245,11 +245,10 @@ def best_plan(
 
     def best(n: int, polished: bool = cancels) -> Plan:
         plans = [expected(errors, path[n - 1], polished) for errors, path in paths]
-        plans = [plan for plan in plans if plan.stable] or plans
-        if rtol is None and not plans[0].stable:
+        if rtol is None and not any(plan.stable for plan in plans):
             held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
             plans.append(expected(Errors(held), schedules(held, n)[-1]))
-        return promising(min(plans, key=lambda plan: float(plan.error.log().mean())))
+        return promising(min(plans, key=lambda plan: (not plan.stable, float(plan.error.log().mean()))))
 
     def expected(errors: Errors, nodes: Tensor, polished: bool = False) -> Plan:
         return expectation(errors.problem, errors.polished(nodes) if polished else nodes, size, errors)

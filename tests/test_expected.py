@@ -150,6 +150,27 @@ def test_the_first_output_of_every_network_stays_evaluated():
         assert {0, 5, 9} <= set(nodes)
 
 
+@pytest.mark.parametrize("rate", [2.0, 8.0, 14.0, 30.0])
+@pytest.mark.parametrize("way", [("linear", True), ("linear", False), ("hold", False)], ids=str)
+def test_a_schedule_is_stable_where_no_gap_is_too_long_and_the_test_equation_ends_nearer_to_zero(rate, way):
+    """Run by the cache itself, forward and backward in time."""
+    told = set()
+    for sign, ts in ((1, TS), (-1, 1 - TS)):
+        decay = lambda x, t, sign=sign: sign * rate * x  # noqa: E731
+        times, gain = influence(Euler(), ts)
+        gram = torch.eye(K, dtype=torch.float64)[None]
+        alpha_x = torch.full((K,), rate, dtype=torch.float64)
+        errors = Errors(Problem(times, gain, gram, way[0], "t", way[1], alpha_x=alpha_x))
+        for nodes in (list(range(K)), [0, 3, 5, 9, 12], [0, 1, 2, 8], [0, 4, 13], [0, 1, 3, 5, 7, 9, 11, 13], [0, 7]):
+            cached = CachedField(decay, criterion=Scheduled(times, torch.tensor(nodes)), reuse=way[0], correct=way[1])
+            end = cached.integrate(torch.ones(1, 1, dtype=torch.float64), ts).abs().item()
+            at = torch.tensor(nodes)
+            assert errors.stable(at) == (end <= 1 and not errors.instability(at[None]).any())
+            told.add(errors.stable(at))
+    assert True in told
+    assert False in told or rate < 8
+
+
 def test_where_gaps_are_unstable_nothing_is_moved():
     problem = posed(waves(), alpha_x=torch.full((K,), 12.0, dtype=torch.float64))
     errors, nodes = Errors(problem), torch.tensor([0, 4, 6, 11])
