@@ -92,15 +92,15 @@ class Errors:
     def _summed(self, gaps: Tensor, nodes: Tensor) -> Tensor:
         return gaps[nodes, self._around(nodes)[1]].sum(1)
 
-    def polished(self, nodes: Tensor) -> Tensor:
-        """Of schedules like `nodes` (N,), one in which no evaluation had better be elsewhere between its neighbours.
+    def polished(self, path: Tensor) -> Tensor:
+        """Of schedules like `path` (N,), one in which no evaluation had better be elsewhere between its neighbours.
 
-        By the geometric mean over the samples. No gap becomes longer than repaid lines are damped in; where gaps are
-        unstable, errors are hardly known, and nothing is moved.
+        By the geometric mean over the samples. No gap becomes longer than repaid lines are damped in. The path itself
+        where its gaps are unstable, because of what errors come to then little is known, or where it has become so.
         """
-        if self.instability(nodes[None]):
-            return nodes
-        gaps, settled = self._gaps(nodes[None]), 0
+        if self.instability(path[None]):
+            return path
+        nodes, gaps, settled = path, self._gaps(path[None]), 0
         least = self._typical(nodes[None], gaps)[0]
         while settled < len(nodes) - 1:
             for i in range(1, len(nodes)):
@@ -111,7 +111,7 @@ class Errors:
                 if len(tried) and errors.min() < least - 1e-6:
                     best, least, settled = errors.argmin(), errors.min(), 0
                     nodes, gaps = tried[best], Gaps(*(part[best, None] for part in theirs))
-        return nodes
+        return nodes if self.stable(nodes) else path
 
     def _typical(self, nodes: Tensor, gaps: Gaps) -> Tensor:
         """The mean logarithm (C,) of the squared errors of schedules."""

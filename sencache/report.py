@@ -40,7 +40,7 @@ class Report:
         self.expected = math.nan  # the relative error of the final state that a plan expects,
         self.promised = math.inf  # and the one that 90 % of samples keep, if plans were rehearsed
         self.discretisation = math.nan  # and the full run's own, against the solution of the ODE, where that is known
-        self.stable = True  # `Plan.stable`: whether no gap is known to be so long that errors can grow
+        self.stable = True  # `Plan.stable`: whether errors are not known to grow from gap to gap
         self.resets = 0  # queries that began another trajectory: t ran backwards, or x is of another kind
 
     def add(self, query: Query, anew: bool) -> None:
@@ -97,7 +97,7 @@ class Report:
             lines.append(f"expected relative error of the sample: {self.expected:.2g}{promised}")
         if not self.stable:
             lines.append(
-                "The plan has gaps longer than ||J_x|| allows, over which errors can grow: spend more "
+                "The plan has gaps so long beside 1 / ||J_x|| that errors can grow from one to the next: spend more "
                 "evaluations, or compare with fewer steps."
             )
         if self.discretisation > FAR * self.expected:
