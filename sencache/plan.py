@@ -4,7 +4,8 @@ What a schedule will do to the sample is known before it is run. The outputs f_j
 kept as their inner products G_ij = <f_i, f_j> / d; a reuse, a correction and a step are all linear in outputs; so the
 error that a schedule leaves in the final state is a vector w of weights of the f_j, and its size is sqrt(w^T G w).
 It falls apart into one term a gap, which depends on the gap's two ends and, where outputs are extrapolated, on the
-evaluation before: a shortest path over pairs of evaluations finds the best schedule.
+evaluation before: a shortest path over pairs of evaluations (`schedule.py`) finds the best schedule, as far as gaps go
+each alone. From there single evaluations are moved to where the whole is expected to do better (`expected.py`).
 
 What an error in the state does to the next output is known by its size only, ||J_x|| times the error (Eq. 11), and is
 added as if it were independent of the rest; without sensitivities it is left out. Gaps so long that errors would grow

@@ -1,4 +1,4 @@
-"""The best schedule of a given length: a shortest path over pairs of evaluations.
+"""The best schedule of a given length, every gap taken alone: a shortest path over pairs of evaluations.
 
 What a gap between two evaluations leaves in the final state depends on its two ends and, where outputs are continued,
 on the evaluation before; `plan.py` says what it is made of. Until the evaluation at its end repays it, the state owes
@@ -18,11 +18,11 @@ from torch import Tensor
 from sencache.correct import owed
 from sencache.reuse import REUSES, VARIABLES
 
-HEARD = 0.5  # of echoes, in the search, which knows only a part of what they weigh; docs/theory.md has measured shares
+HEARD = 0.5  # of echoes, in the search, which knows only a part of what they weigh; a whole schedule's are all counted
 
 # The longest gaps, in units of 1 / ||J_x||: nine tenths of where dx/dt = -||J_x|| x is no longer damped when lines are
-# continued (Adams-Bashforth of order 2: 1) or outputs held (Euler: 2). Repaid lines bear .54 on that equation, and more
-# on trained fields, where echoes have no direction.
+# continued (Adams-Bashforth of order 2: 1) or outputs held (Euler: 2). Repaid lines bear .54 on that equation, beyond
+# which nothing is made longer, and more on trained fields, where echoes have no direction.
 STABLE = {"linear": 0.9, "hold": 1.8}
 DAMPED = {"linear": 0.54, "hold": 1.8}
 
