@@ -128,9 +128,9 @@ if __name__ == "__main__":
     torch.set_grad_enabled(False)
     ways = ("without echoes", "not polished", "ours")
     print(
-        f"| {' / '.join(map(str, BUDGETS))} | made / expected, "
+        f"| {' / '.join(map(str, BUDGETS))} | made / expected: "
         + " | ".join(ways)
-        + " | PSNR, "
+        + " | PSNR: "
         + " | ".join(ways)
         + " |"
     )
