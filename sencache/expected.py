@@ -70,23 +70,34 @@ class Errors:
         used = self.problem.alpha_x * (self.problem.gain * taken - still)
         return used.gather(2, nodes[:, None].expand(-1, nodes.shape[1], -1)).square()
 
-    def stable(self, nodes: Tensor) -> bool:
-        """Whether no gap of `nodes` (N,) is longer than errors can bear, and the test equation is damped.
+    def rank(self, nodes: Tensor) -> tuple[bool, float, float]:
+        """What to prefer among schedules, the least: whether errors can grow, how far, and what is expected of them."""
+        growth = self.growth(nodes)
+        grows = bool(self.instability(nodes[None])) or growth > 1 + 1e-9
+        return grows, growth, float(self._typical(nodes[None], self._gaps(nodes[None])))
 
-        That is dx/dt = -||J_x|| x (Dahlquist 1963) from x = 1: a schedule that ends it farther from 0 lets errors grow.
+    def growth(self, nodes: Tensor) -> float:
+        """How many times larger than it was an error can be in the end, 1 or more, on the test equation.
+
+        That is dx/dt = -||J_x|| x (Dahlquist 1963), run by Euler's method as the schedule `nodes` (N,) would run it,
+        and off by 1 at each of its evaluations in turn; beside what becomes of that in a run without reuses.
         """
         problem, gaps = self.problem, self._gaps(nodes[None])
         assert problem.alpha_x is not None
         decay = -problem.alpha_x * problem.gain.sum().sign()
-        x, y, due = torch.ones((), dtype=decay.dtype), torch.zeros_like(decay), torch.zeros_like(decay)
-        for r, left, owed in zip(nodes.tolist(), gaps.left[0], gaps.owed[0], strict=True):
+        kept = 1 + decay * problem.gain  # of an error, by a step of the full run
+        x, y = decay.new_zeros(len(nodes)), decay.new_zeros(len(decay), len(nodes))
+        due = torch.zeros_like(decay)
+        for i, (r, left, owed) in enumerate(zip(nodes.tolist(), gaps.left[0], gaps.owed[0], strict=True)):
+            x[i] = 1
             y[r] = decay[r] * x
             x = x + due @ y + problem.gain[r] * y[r] - owed @ y  # the gap before is repaid, this one walked on reuses
             due = owed - left
-        return not self.instability(nodes[None]) and bool(x.abs() <= 1)
+        bare = kept.flip(0).cumprod(0).flip(0)[nodes].abs().clamp(min=1)
+        return max(1.0, float((x.abs() / bare).max()))
 
     def instability(self, nodes: Tensor) -> Tensor:
-        """How far the gaps of schedules go beyond what is stable, (C,); 0 if none does."""
+        """How far the gaps of schedules go beyond `STABLE`, (C,); 0 if none does."""
         return self._summed(self.beyond, nodes)
 
     def _summed(self, gaps: Tensor, nodes: Tensor) -> Tensor:
@@ -95,8 +106,9 @@ class Errors:
     def polished(self, path: Tensor) -> Tensor:
         """Of schedules like `path` (N,), one in which no evaluation had better be elsewhere between its neighbours.
 
-        By the geometric mean over the samples. No gap becomes longer than repaid lines are damped in. The path itself
-        where its gaps are unstable, because of what errors come to then little is known, or where it has become so.
+        By the geometric mean over the samples. Gaps go no further beyond what repaid lines are damped in, all together,
+        than they did. The path itself where its gaps are unstable, because of what errors come to then little is known,
+        or where it would rank behind it.
         """
         if self.instability(path[None]):
             return path
@@ -111,11 +123,11 @@ class Errors:
                 if len(tried) and errors.min() < least - 1e-6:
                     best, least, settled = errors.argmin(), errors.min(), 0
                     nodes, gaps = tried[best], Gaps(*(part[best, None] for part in theirs))
-        return nodes if self.stable(nodes) else path
+        return min(nodes, path, key=self.rank)
 
     def _typical(self, nodes: Tensor, gaps: Gaps) -> Tensor:
-        """The mean logarithm (C,) of the squared errors of schedules."""
-        return self._squares(nodes, gaps).log().mean(1)
+        """The mean logarithm (C,) of the squared errors of schedules, of those above rounding."""
+        return self._squares(nodes, gaps).clamp(min=1e-16 * float(self.scale.mean())).log().mean(1)
 
     def _moves(self, nodes: Tensor, i: int, gaps: Gaps) -> tuple[Tensor, Gaps]:
         """The schedules (C, N) in which evaluation i is elsewhere between its neighbours, and their gaps.

@@ -48,7 +48,7 @@ class Plan:
     difference: Tensor  # (T,) expected RMS difference of the last two evaluations before each output; NaN without two
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
     relative_error: float  # its median, over the RMS of that state
-    stable: bool = True  # whether errors are not known to grow: `Errors.stable`
+    stable: bool = True  # whether errors are not known to grow: `Errors.rank`
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
 
@@ -132,7 +132,7 @@ def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int
 def expectation(problem: Problem, nodes: Tensor, size: Tensor, errors: Errors | None = None) -> Plan:
     """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
     errors = errors or Errors(problem)
-    error, stable = errors.of(nodes).sqrt(), errors.stable(nodes)
+    error, stable = errors.of(nodes).sqrt(), not errors.rank(nodes)[0]
     kind = problem.reuse, problem.variable, problem.correct
     return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, float(error.median() / size), stable)
 
@@ -162,7 +162,7 @@ def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
     """Tells samplers apart: the stepper, and the grid in words and by its digest."""
-    digest = hashlib.sha256(ts.double().cpu().numpy().tobytes()).hexdigest()[:8]
+    digest = hashlib.sha256(b"polished" + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]  # plans of other kinds
     return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
 
 
@@ -188,8 +188,8 @@ def plan_for(
     Where every step adds noise, the search leaves echoes out, because the noise moves later outputs more than any debt
     does. Then, and where the profile is assumed, it stops at the shortest path, because how errors cancel is not known;
     and where outputs are held, which gained nothing from more.
-    Where errors can grow under every plan, one that holds and repays nothing is taken if they cannot under it or it is
-    expected to do better, because holding allows the longest gaps. An `rtol` takes none of these plans.
+    Where errors can grow under every plan, one that holds and repays nothing is taken if they grow less under that:
+    holding allows the longest gaps. An `rtol` takes none of these plans.
     """
     times, gain = influence(stepper, ts)
     unknown = times[~profile.near(times)]
@@ -245,17 +245,14 @@ def best_plan(
     cancels = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # as expected, one gap's error another's
 
     def best(n: int, polished: bool = cancels) -> Plan:
-        plans = [expected(errors, path[n - 1], polished) for errors, path in paths]
-        if rtol is None and not any(plan.stable for plan in plans):
+        ways = [(errors, errors.polished(path[n - 1]) if polished else path[n - 1]) for errors, path in paths]
+        if rtol is None and all(errors.rank(nodes)[0] for errors, nodes in ways):
             held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
-            plans.append(expected(Errors(held), schedules(held, n)[-1]))
-        return promising(min(plans, key=lambda plan: (not plan.stable, float(plan.error.log().mean()))))
+            ways.append((Errors(held), schedules(held, n)[-1]))
+        return promising(*min(ways, key=lambda way: way[0].rank(way[1])))
 
-    def expected(errors: Errors, nodes: Tensor, polished: bool = False) -> Plan:
-        return expectation(errors.problem, errors.polished(nodes) if polished else nodes, size, errors)
-
-    def promising(plan: Plan) -> Plan:
-        n = len(plan.nodes)
+    def promising(errors: Errors, nodes: Tensor) -> Plan:
+        n, plan = len(nodes), expectation(errors.problem, nodes, size, errors)
         if not known:
             return plan
         promised = plan.relative_error * profile.factor(n) if n < len(times) else 0.0
@@ -271,5 +268,5 @@ def best_plan(
     enough = next((n for n in range(networks, most) if meets(best(n, polished=False))), most)
     while enough > networks and meets(made(enough)) and meets(made(enough - 1)):
         enough -= 1
-    everything = promising(expected(paths[0][0], torch.arange(len(times))))
+    everything = promising(paths[0][0], torch.arange(len(times)))
     return next((plan for plan in map(made, range(enough, most + 1)) if meets(plan)), everything)

@@ -84,6 +84,10 @@ class SensitivityProfile:
             raise ValueError(
                 "This profile has no Gram matrix, which plans are made from; measure one with `calibrate`."
             )
+        if not self.gram.isfinite().all():
+            raise ValueError(
+                "The Gram matrix of this profile is not finite, of which no plan can be made. Calibrate again."
+            )
         known = self.t if self.gram.shape[-1] == len(self.t) else self.grid
         order, low, high = known.argsort(), known.min(), known.max()
         spline = make_interp_spline(known[order].numpy(), np.eye(len(order)), k=min(3, len(order) - 1))

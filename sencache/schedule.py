@@ -91,7 +91,7 @@ class Problem:
         reach, j = _until(self.gain.abs()), torch.arange(len(self.times))
         stable = torch.full((len(j), len(reach)), limits[self.reuse], dtype=reach.dtype)
         stable[0] = stable[:, -1] = limits["hold"]
-        beyond = (self.alpha_x[:, None] * (reach - reach[:-1, None]) - stable).clamp(min=0)
+        beyond = (self.alpha_x[:, None] * (reach - reach[:-1, None]) - (1 + 1e-9) * stable).clamp(min=0)
         return beyond.square() * (torch.arange(len(reach)) > j[:, None] + 1)
 
     def costs(self) -> Tensor:
