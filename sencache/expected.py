@@ -94,7 +94,7 @@ class Errors:
             x = x + due @ y + problem.gain[r] * y[r] - owed @ y  # the gap before is repaid, this one walked on reuses
             due = owed - left
         bare = kept.flip(0).cumprod(0).flip(0)[nodes].abs().clamp(min=1)
-        return max(1.0, float((x.abs() / bare).max()))
+        return max(1.0, float((x.abs() / bare).nan_to_num(nan=torch.inf).max()))
 
     def instability(self, nodes: Tensor) -> Tensor:
         """How far the gaps of schedules go beyond `STABLE`, (C,); 0 if none does."""

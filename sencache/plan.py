@@ -241,10 +241,9 @@ def best_plan(
         most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
     paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
+    surely = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # known is how errors of gaps cancel
 
-    cancels = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # as expected, one gap's error another's
-
-    def best(n: int, polished: bool = cancels) -> Plan:
+    def best(n: int, polished: bool = surely) -> Plan:
         ways = [(errors, errors.polished(path[n - 1]) if polished else path[n - 1]) for errors, path in paths]
         if rtol is None and all(errors.rank(nodes)[0] for errors, nodes in ways):
             held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
