@@ -80,7 +80,8 @@ class Errors:
         """How many times larger than it was an error can be in the end, 1 or more, on the test equation.
 
         That is dx/dt = -||J_x|| x (Dahlquist 1963), run by Euler's method as the schedule `nodes` (N,) would run it,
-        and off by 1 at each of its evaluations in turn; beside what becomes of that in a run without reuses.
+        and off by 1 at each of its evaluations in turn but the last, after which nothing goes on; beside what becomes
+        of that in a run without reuses.
         """
         problem, gaps = self.problem, self._gaps(nodes[None])
         assert problem.alpha_x is not None
@@ -94,7 +95,7 @@ class Errors:
             x = x + due @ y + problem.gain[r] * y[r] - owed @ y  # the gap before is repaid, this one walked on reuses
             due = owed - left
         bare = kept.flip(0).cumprod(0).flip(0)[nodes].abs().clamp(min=1)
-        return max(1.0, float((x.abs() / bare).nan_to_num(nan=torch.inf).max()))
+        return max([1.0, *(x.abs() / bare).nan_to_num(nan=torch.inf)[:-1].tolist()])
 
     def instability(self, nodes: Tensor) -> Tensor:
         """How far the gaps of schedules go beyond `STABLE`, (C,); 0 if none does."""

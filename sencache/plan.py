@@ -243,12 +243,14 @@ def best_plan(
     paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
     surely = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # known is how errors of gaps cancel
 
-    def best(n: int, polished: bool = surely) -> Plan:
-        ways = [(errors, errors.polished(path[n - 1]) if polished else path[n - 1]) for errors, path in paths]
-        if rtol is None and all(errors.rank(nodes)[0] for errors, nodes in ways):
-            held = replace(problems[0], reuse="hold", correct=False)  # it bears the longest gaps
-            ways.append((Errors(held), schedules(held, n)[-1]))
-        return promising(*min(ways, key=lambda way: way[0].rank(way[1])))
+    def best(n: int) -> Plan:
+        ways = [(errors, errors.polished(path[n - 1]) if surely else path[n - 1]) for errors, path in paths]
+        ranks = [errors.rank(nodes) for errors, nodes in ways]
+        if rtol is None and all(grows for grows, *_ in ranks):
+            held = Errors(replace(problems[0], reuse="hold", correct=False))  # it bears the longest gaps
+            ways.append((held, schedules(held.problem, n)[-1]))
+            ranks.append(held.rank(ways[-1][1]))
+        return promising(*ways[ranks.index(min(ranks))])
 
     def promising(errors: Errors, nodes: Tensor) -> Plan:
         n, plan = len(nodes), expectation(errors.problem, nodes, size, errors)
@@ -264,7 +266,11 @@ def best_plan(
     def meets(plan: Plan) -> bool:
         return plan.stable and plan.promised <= rtol
 
-    enough = next((n for n in range(networks, most) if meets(best(n, polished=False))), most)
+    def least(n: int) -> float:
+        """The median error that the paths of n evaluations are expected to make."""
+        return min(float(errors.of(path[n - 1]).median().sqrt()) for errors, path in paths)
+
+    enough = next((n for n in range(networks, most) if least(n) * profile.factor(n) <= rtol * size), most)
     while enough > networks and meets(made(enough)) and meets(made(enough - 1)):
         enough -= 1
     everything = promising(paths[0][0], torch.arange(len(times)))

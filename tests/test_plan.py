@@ -474,7 +474,7 @@ def test_errors_are_not_expected_to_cancel_where_outputs_are_all_alike(field, n)
     end, full = cached.integrate(X, ts), integrate(field, X, ts)
     made = float((rms(end - full) / rms(full)).median())
     assert made < 2e-3
-    assert 0.1 < made / cached.plan(ts).relative_error < 10
+    assert 0.03 < made / cached.plan(ts).relative_error < 10
 
 
 # budgets
