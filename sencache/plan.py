@@ -241,10 +241,10 @@ def best_plan(
         most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
     paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
-    surely = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # known is how errors of gaps cancel
+    polishes = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # it is known how errors cancel
 
     def best(n: int) -> Plan:
-        ways = [(errors, errors.polished(path[n - 1]) if surely else path[n - 1]) for errors, path in paths]
+        ways = [(errors, errors.polished(path[n - 1]) if polishes else path[n - 1]) for errors, path in paths]
         ranks = [errors.rank(nodes) for errors, nodes in ways]
         if rtol is None and all(grows for grows, *_ in ranks):
             held = Errors(replace(problems[0], reuse="hold", correct=False))  # it bears the longest gaps

@@ -465,7 +465,10 @@ def test_an_output_wrong_in_a_wrong_state_is_expected_to_be(n, reuse, correct):
     assert (expected > frozen.error).all()
 
 
-@pytest.mark.parametrize("field", [lambda x, t: -x, GaussianFlow(Linear())], ids=["v = -x", "Gaussian"])
+ALIKE = [lambda x, t: -x, GaussianFlow(Linear())]
+
+
+@pytest.mark.parametrize("field", ALIKE, ids=["v = -x", "Gaussian"])
 @pytest.mark.parametrize("n", [10, 15, 20])
 def test_errors_are_not_expected_to_cancel_where_outputs_are_all_alike(field, n):
     ts = grids.uniform(60)
@@ -474,7 +477,8 @@ def test_errors_are_not_expected_to_cancel_where_outputs_are_all_alike(field, n)
     end, full = cached.integrate(X, ts), integrate(field, X, ts)
     made = float((rms(end - full) / rms(full)).median())
     assert made < 2e-3
-    assert 0.03 < made / cached.plan(ts).relative_error < 10
+    lucky = 0.05 if (n, field) == (10, ALIKE[1]) else 0.1  # in ten evaluations errors cancel better than is expected
+    assert lucky < made / cached.plan(ts).relative_error < 10
 
 
 # budgets
