@@ -22,7 +22,14 @@ from sencache.plugins.hosted import Hosted, HostedModule, hosted
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper
 
-METHODS: dict[str, Stepper] = {"pc": Euler()}
+
+class Noisy(Euler):
+    """Whatever a predictor does with an output, and noise beside it, of which plans should know."""
+
+    noise = None
+
+
+METHODS: dict[str, Stepper] = {"pc": Noisy()}
 REFUSED = {"ode": ADAPTIVE}
 LABELS = ("continuous", "discrete", "time")
 
