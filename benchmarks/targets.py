@@ -18,8 +18,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.metrics import relative_error
-from benchmarks.shipped import GRID, STEPS, noise, sit_field, sit_profile
-from sencache import CachedField, SensitivityProfile, rehearse, rms
+from benchmarks.shipped import GRID, noise, sit_field, sit_profile
+from benchmarks.sweep import settings
+from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from solvers import integrate
 
 REHEARSED = 64
@@ -50,14 +51,14 @@ def predictions(profile: SensitivityProfile, nfe: int, images: int) -> str:
     return f"| {nfe} | {ratios[0]:.2f} | {rank:.2f} | {decisions:.1%} | {wholes:.1%} | {ratios[1]:.2f} |"
 
 
-def spread(profile: SensitivityProfile, nfe: int, x: Tensor, full: Tensor) -> str:
-    """One line: final errors in the worst decile over the median, and their rank correlation with what the run showed.
+def spread(cached: CachedField, x: Tensor, ts: Tensor, full: Tensor) -> str:
+    """A line's cells: final errors in the worst decile over the median, and how the run itself ranked them.
 
-    That is the sum of step times observed error of its reuses; and between evaluations the secants' sum of
-    ||dy|| / ||dx|| |dt|, the sample's own integral of ||J_x|| along the velocity, to the end and in the first half.
+    By the sum of step times observed error of its reuses; and by that of ||dy|| / ||dx|| |dt| between evaluations, the
+    sample's own integral of ||J_x|| along the velocity, to the end and in the first half.
     """
-    cached, seen = CachedField(sit_field(len(x)), profile, nfe=nfe), []
-    with cached.following(GRID) as (run, stepper):
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    with cached.following(ts) as (run, stepper):
 
         def watched(x: Tensor, t: Tensor) -> Tensor:
             y = run(x, t)
@@ -65,14 +66,14 @@ def spread(profile: SensitivityProfile, nfe: int, x: Tensor, full: Tensor) -> st
                 seen.append((x, y, t))
             return y
 
-        error = relative_error(integrate(watched, x, GRID, stepper), full).double()
-    observed = torch.stack([query.observed for query in cached.report.trace], 1).nan_to_num(0.0) * GRID.diff().abs()
+        error = relative_error(integrate(watched, x, ts, stepper), full).double()
+    observed = torch.stack([query.observed for query in cached.report.trace], 1).nan_to_num(0.0) * ts.diff().abs()
     pairs = pairwise(seen)
     secants = torch.stack([rms(y - y_r) / rms(x - x_r) * abs(t - t_r) for (x_r, y_r, t_r), (x, y, t) in pairs], 1)
-    early = sum(t >= GRID[STEPS // 2] for *_, t in seen[1:])
+    early = sum(bool(t >= ts[len(ts) // 2]) for *_, t in seen[1:])
     shown = observed.sum(1), secants.sum(1), secants[:, :early].sum(1)
     ranks = " | ".join(f"{spearmanr(error, one).statistic:.2f}" for one in shown)
-    return f"| {nfe} | {error.quantile(0.9) / error.median():.2f} | {ranks} |"
+    return f"{error.quantile(0.9) / error.median():.2f} | {ranks} |"
 
 
 if __name__ == "__main__":
@@ -94,12 +95,19 @@ if __name__ == "__main__":
         error = relative_error(cached.integrate(x, GRID), full)
         spent, kept = int(cached.report.evaluations.max()), (error <= rtol).double().mean()
         print(f"| {rtol} | {spent} | {kept:.0%} | {error.median() / rtol:.2f} |", flush=True)
+    mixture = next(setting for setting in settings() if setting.name == "mixture, linear path")
+    mixed, start, ts = mixture.field(images), mixture.start(images, "reported"), mixture.grid(mixture.steps)
+    known = calibrate(mixture.field(8), mixture.start(8, "calibration"), ts, progress=False)
+    ends = integrate(mixed, start, ts)
     print(
-        "\n| evaluations | worst decile / median | rank correlation with own reuses | own secants | of the first half |"
+        "\n| field, evaluations | worst decile / median | rank correlation with own reuses | own secants | "
+        "of the first half |"
     )
     print("|---|---|---|---|---|")
     for nfe in (25, 20, 15, 10):
-        print(spread(profile, nfe, x, full), flush=True)
+        print(f"| SiT, {nfe} | {spread(CachedField(field, profile, nfe=nfe), x, GRID, full)}", flush=True)
+    for nfe in (25, 20, 15, 10):
+        print(f"| mixture, {nfe} | {spread(CachedField(mixed, known, nfe=nfe), start, ts, ends)}", flush=True)
     print(
         "\n| evaluations | predicted / true, median | rank correlation | reuses within their 95 % bound | "
         "trajectories wholly within their 90 % bound | observed / true, median |\n|---|---|---|---|---|---|"
