@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sencache.checks import check_fit, check_model, check_options, check_path, check_payload
+from sencache.checks import check_fit, check_model, check_options, check_path, check_payload, check_profile
 from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Gains, Planned, Sensitivities
+from sencache.linear import check_linear
 from sencache.memory import Key, one_network
 from sencache.norms import Norm, rms
 from sencache.plan import Plan, charges, plan_for
@@ -25,7 +26,7 @@ from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
 from sencache.run import Criterion, Rule, Run
 from solvers import Euler, Stepper, integrate
-from solvers.loop import check_grid
+from solvers.loop import check_grid, check_stepper
 
 EULER = Euler()
 Tolerance = float | Callable[[float], float]
@@ -93,6 +94,7 @@ class CachedField:
         if profile is not None and criterion is not None:
             raise ValueError("Who decides, the `profile` or the `criterion`? Give one of them.")
         if profile is not None:
+            check_profile(profile)
             check_model(profile, getattr(field, "fingerprint", None))
             check_path(profile, getattr(field, "path", None))
             if rtol is not None:
@@ -107,7 +109,7 @@ class CachedField:
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
         self.unit = unit or ("sample" if profile is None and criterion is None else "output")
         self.correct = reuse != "hold" if correct is None else correct
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, tuple[Stepper, Plan]] = {}  # a stepper that is kept shares its name with no other
         self._thread = threading.local()  # every thread has its own current run
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +131,8 @@ class CachedField:
         """A run over ts (K + 1,), and the stepper to carry it along there, which corrects state and history itself."""
         with self._scope(ts, stepper) as run:
             if self._repays(ts, stepper):
+                if not self._planned():  # a plan has asked already
+                    check_linear(stepper, ts)
                 run.ledger = notes = Notes()
                 stepper = Repaying(stepper, notes)
             yield run, stepper
@@ -146,6 +150,7 @@ class CachedField:
 
     @contextmanager
     def _scope(self, ts: Tensor | None, stepper: Stepper, fold: bool = False) -> Iterator[Run]:
+        check_stepper(stepper)
         if stepper.adaptive:
             raise ValueError(
                 f"{stepper} chooses its steps by comparing outputs, and reused outputs fool it into wrong results. "
@@ -173,6 +178,7 @@ class CachedField:
         """The schedule that `nfe` or `rtol` leads to on the grid ts (K + 1,), by default the calibrated one."""
         if self.profile is None or self.tolerance is not None:
             raise ValueError("A plan needs a profile and `nfe` or `rtol`; here the rule decides at every step.")
+        check_stepper(stepper)
         grid = self.profile.grid if ts is None else check_grid(ts).double().cpu()
         name = f"{stepper} {grid.tolist()}"
         if name not in self._plans:
@@ -181,8 +187,8 @@ class CachedField:
             how = (self.reuse, self.correct, self.nfe, self.rtol, regime)
             plan = plan_for(self.profile, grid, stepper, *how)
             promised = plan.promised if self.payload == "output" else math.inf  # rehearsals are of outputs
-            self._plans[name] = replace(plan, promised=promised)
-        return self._plans[name]
+            self._plans[name] = stepper, replace(plan, promised=promised)
+        return self._plans[name][1]
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
         run = Run(self.field, self._rule(ts, stepper), self.key)
@@ -227,10 +233,10 @@ class CachedField:
         return Sensitivities(self.profile), n, getattr(self.tolerance, "variable", "t")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_thread"}
+        return {name: value for name, value in vars(self).items() if name not in ("_thread", "_plans")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _thread=threading.local())
+        vars(self).update(state, _thread=threading.local(), _plans={})
 
 
 def _everywhere(tolerance: float) -> Callable[[float], float]:

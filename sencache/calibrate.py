@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sencache.norms import Norm, difference, rms
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Path, Stepper, VelocityField
-from solvers.loop import check_grid, check_state, contract
+from solvers.loop import check_grid, check_state, check_stepper, contract
 
 EULER = Euler()
 
@@ -52,12 +52,14 @@ def calibrate(
     A field with `select(rows)` is measured one sample at a time, any other all at once. With `file`, the profile of the
     samples so far is written there after each of these, and the same call again goes on from it, or returns it if it
     is complete; of a field without `select` every output is kept beside it until then, as `file.0`, `file.1`, ...
-    K outputs of a sample are held on the host meanwhile. `norm` is of the sensitivities; the Gram matrix, and so
-    plans, count every element.
+    A field is known by its `fingerprint`, and without one by its first output alone: name another file where only
+    later ones differ. K outputs of a sample are held on the host meanwhile. `norm` is of the sensitivities; the Gram
+    matrix, and so plans, count every element.
 
     Raises ValueError for a grid or a batch that cannot be measured, and where `file` holds another measurement.
     """
     check_state(x)
+    check_stepper(stepper)
     ts = check_grid(ts)
     if stepper.adaptive:
         raise ValueError(f"Calibrate with a fixed-step method; {stepper} chooses its own steps.")

@@ -41,7 +41,7 @@ def check_options(
     }
     if len(said) > 1:
         raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
-    if nfe is not None and (isinstance(nfe, bool) or nfe < 1 or nfe != int(nfe)):
+    if nfe is not None and (isinstance(nfe, bool) or not (nfe >= 1 and nfe % 1 == 0)):
         raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")
@@ -57,6 +57,8 @@ def check_options(
         raise ValueError(f"`unit` says what `tolerance` is measured in and goes with it; got unit={unit!r} alone.")
     if unit is not None and unit not in UNITS:
         raise ValueError(f"`unit` must be {' or '.join(UNITS)}; got {unit!r}.")
+    if correct not in (None, True, False):
+        raise ValueError(f"`correct` must be True, False or None, for what goes with `reuse`; got {correct!r}.")
     if reuse not in REUSES:
         raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
 
@@ -73,6 +75,14 @@ def check_payload(field: Any, payload: str, rtol: float | None) -> None:
         )
     if payload != "output" and rtol is not None:
         raise ValueError(f'`rtol` is rehearsed with payload="output"; with "{payload}" give `nfe`.')
+
+
+def check_profile(profile: object) -> None:
+    if not isinstance(profile, SensitivityProfile):
+        raise TypeError(
+            "Expected a profile after the field, as `calibrate` returns and `SensitivityProfile.load(file)` reads it; "
+            f"got {type(profile).__name__}."
+        )
 
 
 def check_model(profile: SensitivityProfile, ours: str | None) -> None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sencache.batch import Array, spread
+from sencache.linear import uses_one_output
 from sencache.norms import difference
 from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField
@@ -176,21 +177,6 @@ class Folding:
         ]
         self.open[note.branch] = state[:, None] * moments + gain[:, None] * note.offset, replace(excess, moved)
         return repaid(y, *self.folded[note.branch])
-
-
-def uses_one_output(stepper: Stepper, ts: Tensor) -> bool:
-    """Whether two steps of outputs 1 and 0 go as `weights` says: one output a step, and no history."""
-    linear, outputs = getattr(stepper, "linear", stepper), iter([1.0, 0.0])
-    x, memory, expected = torch.zeros(1, 1, dtype=torch.float64), None, torch.zeros(1, 1, dtype=torch.float64)
-    try:
-        middle = ts.double().cpu()[max(0, len(ts) // 2 - 2) :]  # an end of the grid may be a lower-order step
-        for output, (t, t_next) in zip((1.0, 0.0), pairwise(middle), strict=False):
-            dx, memory = linear.advance(lambda x, t: torch.full_like(x, next(outputs)), x, t, t_next, memory)
-            weights = linear.weights(t, t_next)
-            x, expected = x + dx, weights.state * expected + weights.field * output
-        return torch.allclose(x, expected)
-    except (StopIteration, RuntimeError):  # it asked for more than one
-        return False
 
 
 class Repaying:

@@ -40,7 +40,10 @@ class Look:
     step: Tensor  # float64, the sign of t's move since the query before
     known: Tensor  # bool, there is an evaluation, and it was finite
     same: Tensor  # bool, x and t are exactly those of the query before
-    anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device
+    anew: (
+        Tensor  # bool, another trajectory has begun: t ran backwards, x is another at the first t, or it is of another
+    )
+    #               shape, dtype or device
     other: Tensor  # bool, another network answers here than at the last evaluation
     x: Any  # the query's state, a tree of (B, ...),
     norm: Norm  # and how it is measured
@@ -102,7 +105,7 @@ class Branch:
             parts = zip(tensors(x), tensors(self.last_x), strict=True)
             unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts])
             same &= unmoved.all(0).cpu().numpy()
-        anew = step * self.direction < 0
+        anew = np.where(self.direction == 0, (moved == 0) & ~same, step * self.direction < 0)
         other = np.zeros(len(anew), dtype=bool)
         if regime is not one_network:
             here, there = regime(torch.from_numpy(clock)), regime(torch.from_numpy(self.t))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -28,6 +28,7 @@ from torch import Tensor
 from sencache.batch import Array
 from sencache.discretisation import discretisation
 from sencache.expected import Errors
+from sencache.linear import check_linear
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES, VARIABLES
@@ -47,7 +48,7 @@ class Plan:
     change: Tensor  # (T,) expected RMS error of each reused output; 0 at the nodes
     difference: Tensor  # (T,) expected RMS difference of the last two evaluations before each output; NaN without two
     error: Tensor  # (S,) expected RMS error of the final state, of each calibration sample
-    relative_error: float  # its median, over the RMS of that state
+    relative_error: float  # its median, over the RMS of that state; NaN where that is not all of it
     stable: bool = True  # whether errors are not known to grow: `Errors.rank`
     promised: float = torch.inf  # the relative error that 90 % of samples keep, once plans were rehearsed
     discretisation: float = torch.nan  # the full run's own relative error against the ODE's solution, where known
@@ -92,8 +93,9 @@ def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
     """The query times (T,) of a stepper on ts (K + 1,), and dx_K / dv_j (T,): how it weighs each output in the end.
 
     A stepper is linear in the outputs it is given, so it is run on outputs that are unit vectors. Several queries at
-    one time count as one output.
+    one time count as one output. Raises ValueError for a stepper that is not linear.
     """
+    check_linear(stepper, ts)
     linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
     times = list(dict.fromkeys(asked))
     unit = torch.eye(len(times), dtype=torch.float64)
@@ -176,11 +178,12 @@ def plan_for(
     rtol: float | None = None,
     regime: Regime = one_network,
 ) -> Plan:
-    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest that meets `rtol`.
+    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them; or of those rehearsed, the cheapest
+    that meets `rtol`.
 
     Of the several outputs that Heun and its like ask for at one time, a plan evaluates the first and reuses it for the
-    others. The output at the grid's end, which only they ask for, is the last calibrated one where calibration was not
-    of such a stepper.
+    others; what that does to the sample nobody has measured, and no relative error is told. The output at the grid's
+    end, which only they ask for, is the last calibrated one where calibration was not of such a stepper.
     Where `regime` changes, another network takes over: its first time is evaluated, and nothing is carried across.
     The variable in which outputs are continued is the one in which the plan is expected to do better, by the geometric
     mean over the samples.
@@ -205,6 +208,10 @@ def plan_for(
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
     heard = 0.0 if hasattr(stepper, "noise") else HEARD
     plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
+    if len(_asked(stepper, ts)) > len(
+        times
+    ):  # what answering several queries of one time by one output does is unknown
+        plan = replace(plan, relative_error=torch.nan)
     if part.any():
         return plan
     return replace(plan, discretisation=discretisation(profile, ts, stepper, times, gain))
@@ -236,9 +243,8 @@ def best_plan(
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
     known = rehearsed == sampler and reuse == "linear" and correct
-    most = nfe or max(networks, -(-len(times) // 2))
-    if rtol is not None:
-        most = 0 if profile.budgets is None else min(len(times), int(profile.budgets.max()))
+    budgets = [] if rtol is None or profile.budgets is None else profile.budgets.tolist()  # of which something is known
+    most = nfe or max(networks, -(-len(times) // 2), *budgets)
     size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
     paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
     polishes = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # it is known how errors cancel
@@ -261,17 +267,5 @@ def best_plan(
 
     if rtol is None:
         return best(most)
-    made = cache(best)
-
-    def meets(plan: Plan) -> bool:
-        return plan.stable and plan.promised <= rtol
-
-    def least(n: int) -> float:
-        """The median error that the paths of n evaluations are expected to make."""
-        return min(float(errors.of(path[n - 1]).median().sqrt()) for errors, path in paths)
-
-    enough = next((n for n in range(networks, most) if least(n) * profile.factor(n) <= rtol * size), most)
-    while enough > networks and meets(made(enough)) and meets(made(enough - 1)):
-        enough -= 1
     everything = promising(paths[0][0], torch.arange(len(times)))
-    return next((plan for plan in map(made, range(enough, most + 1)) if meets(plan)), everything)
+    return next((plan for plan in map(best, budgets) if plan.stable and plan.promised <= rtol), everything)

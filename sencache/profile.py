@@ -101,12 +101,13 @@ class SensitivityProfile:
         """By how much the final error of a plan of `nfe` evaluations exceeds what it expects in `share` of samples.
 
         A tolerance limit of the factors met in rehearsal: what it promises holds in nine of ten rehearsals, where a
-        plain quantile would in half of them; fewer than 22 samples are too few for 90 %. Between two budgets it is the
-        larger of theirs, outside of them infinite.
+        plain quantile would in half of them; fewer than 22 samples are too few for 90 %. It is of the plan that was
+        rehearsed, and says nothing of others: infinite for other budgets.
         """
         if self.budgets is None or self.factors is None:
             raise ValueError("`rtol` needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
-        return self._around(nfe, [_tolerance_limit(factors, share) for factors in self.factors])
+        known = dict(zip(self._budgets(), self.factors, strict=True))
+        return _tolerance_limit(known[nfe], share) if nfe in known else math.inf
 
     def bound(self, nfe: int, share: float = 0.95, *, whole: bool = False) -> float:
         """How many times its prediction the error of a reuse is at most, in `share` of reuses, for `nfe` evaluations.
@@ -184,6 +185,8 @@ class SensitivityProfile:
         parts = {name: getattr(self, name) for name in ("t", "alpha_x", "alpha_t", *OPTIONAL)}
         filled = {name: part.contiguous() for name, part in parts.items() if part is not None}
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {target.parent} to save the profile in: make it first.")
         partial = target.with_name(target.name + ".partial")
         save_file(filled, partial, {"format": FORMAT, "facts": json.dumps(dict(self.facts))})
         os.replace(partial, target)

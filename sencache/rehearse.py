@@ -21,7 +21,7 @@ from sencache.norms import difference, rms
 from sencache.plan import influence, sampler_name
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper, VelocityField, WhiteNoise, integrate
-from solvers.loop import contract
+from solvers.loop import check_stepper, contract
 
 EULER = Euler()
 
@@ -39,15 +39,21 @@ def rehearse(
 
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
-    off it may be. Budgets between two rehearsed ones take the larger factor of both; below the least and above the
-    largest nothing is promised but by evaluating everything. The default budgets are up to nine from 1/10 to 9/10 of
-    the full run's. Pays for a full run, and another for each budget, in which reuses are compared with the truth.
+    off it may be. A promise is of the plan that was rehearsed: an `rtol` chooses among these, or evaluates everything.
+    The default budgets are up to nine from 1/10 to 9/10 of the full run's. Pays for a full run, and another for each
+    budget, in which reuses are compared with the truth.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
     """
     if isinstance(getattr(stepper, "noise", None), WhiteNoise):
         raise ValueError("Runs with fresh noise cannot be compared: rehearse with a `BrownianPath`, drawn once.")
+    check_stepper(stepper)
+    if type(stepper).__repr__ is object.__repr__:
+        raise ValueError(
+            f"A rehearsal is of one stepper, known by its `repr`, and {type(stepper).__name__} has none that tells its "
+            "options and stays the same: make it a dataclass, or write a `__repr__`."
+        )
     steps, times = len(ts) - 1, influence(stepper, ts)[0]
     if len(times) != steps:
         raise ValueError(

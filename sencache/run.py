@@ -128,6 +128,10 @@ class Run:
         if needed.any():
             # Alg. 1: y = f(x, t)
             (y, stack), computed = _evaluate(self.field, rule.payload, needed, x, t, args, kwargs)
+            if not tensors(y):
+                raise TypeError(
+                    f"The field must return a tensor, or a tree of some; got {type(y).__name__} at t = {t}."
+                )
             if _recorded(y):
                 return self.bypass(y if every else self.field(x, t, *args, **kwargs), x, t)
             branch.keep(needed, x, clock, y, stack, anew, rule.norm)  # Alg. 1: the reference moves; m = 0

@@ -25,6 +25,7 @@ def trajectory(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = E
     integrated, and FloatingPointError naming t when the field returns NaN or infinity.
     """
     check_state(x)
+    check_stepper(stepper)
     moves = _moves(contract(field), x, check_grid(ts), stepper)
     return (Step(x, t_next, dx, t_next - t, stepper.weights(t, t_next)) for t, t_next, dx, x in moves)
 
@@ -41,6 +42,7 @@ def _moves(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper) -> Ite
 def integrate(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = EULER) -> Tensor:
     """The state (B, ...) at ts[-1]; arguments and errors are `trajectory`'s."""
     check_state(x)
+    check_stepper(stepper)
     for *_, moved in _moves(contract(field), x, check_grid(ts), stepper):
         x = moved
     if not x.isfinite().all():
@@ -66,6 +68,15 @@ def check_grid(ts: Tensor) -> Tensor:
         sign = "==" if steps[k] == 0 else "<" if steps[k] > 0 else ">"
         raise ValueError(f"`ts` must be strictly monotone; got ts[{k}] {sign} ts[{k + 1}]: {ts[k]:g}, {ts[k + 1]:g}.")
     return ts
+
+
+def check_stepper(stepper: Stepper) -> None:
+    """Raise where this is no stepper, such as a path or a name, or where a class stands for one of its instances."""
+    for one in (stepper, getattr(stepper, "path", None)):
+        if isinstance(one, type):
+            raise TypeError(f"{one.__name__} is a class: call it, as in `Euler()` or `UniPC(Linear())`.")
+    if not hasattr(stepper, "advance"):
+        raise TypeError(f"Expected a stepper, such as `Euler()` or `UniPC(path)`; got {stepper!r}.")
 
 
 def check_state(x: Tensor) -> None:

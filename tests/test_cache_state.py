@@ -256,6 +256,21 @@ def test_time_that_runs_backwards_is_a_new_run():
     assert torch.equal(field.report.trace[10].reused, torch.zeros(3, dtype=torch.bool))
 
 
+def test_another_state_at_the_first_time_is_a_new_run():
+    """After one that was given up there, or where a run has only one step."""
+    field = cached(tolerance=100)
+    field(X, 1.0)
+    assert torch.equal(field(Y, 1.0), guided(Y, 1.0))
+    assert field.report.resets == 1
+    assert torch.equal(field(Y, 1.0), guided(Y, 1.0))
+    assert field.report.resets == 1
+    assert field.report.trace[2].duplicate.all()
+    field(0.99 * Y, 0.9)
+    assert field.report.trace[3].reused.all()
+    field(0.98 * Y, 0.9)  # as a stepper of several stages asks
+    assert field.report.trace[4].reused.all()
+
+
 OTHER_STATES = {"batch": X[:2], "shape": X.reshape(3, 2, 3), "dtype": X.float()}
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from sencache import CachedField, SensitivityProfile, calibrate, jacobian_norms, strict_start
-from solvers import TorchDiffEq, grids
+from sencache import CachedField, SensitivityProfile, calibrate, jacobian_norms, rehearse, strict_start
+from solvers import Euler, Heun, Linear, TorchDiffEq, UniPC, grids, integrate
 
 Paper = partial(CachedField, reuse="hold", correct=False)  # its rule to the letter
 TS = grids.uniform(4)
@@ -55,6 +56,9 @@ RULE = {
     "half an evaluation": (dict(nfe=2.5, tolerance=None), r"`nfe` counts evaluations.*got 2.5"),
     "rtol": (dict(rtol=0, tolerance=None), r"`rtol` is a relative error and must be positive; got 0"),
     "no rtol": (dict(rtol=math.nan, tolerance=None), r"`rtol`.*must be positive; got nan"),
+    "no number of evaluations": (dict(nfe=math.nan, tolerance=None), r"`nfe` counts evaluations.*got nan"),
+    "no end of evaluations": (dict(nfe=math.inf, tolerance=None), r"`nfe` counts evaluations.*got inf"),
+    "correct": (dict(correct="no"), r"`correct` must be True, False or None.*got 'no'"),
 }
 
 
@@ -121,6 +125,7 @@ OUTPUTS = {
     "dtype": (lambda x, t: x.double(), TypeError, r"velocity like x.*got \(2, 3\) torch.float64 at t = 1"),
     "no tensor": (lambda x, t: (x,), TypeError, r"velocity like x.*got tuple at t = 1"),
 }
+NOTHING = {"None": lambda x, t: None, "numpy": lambda x, t: x.numpy()}
 
 
 @pytest.mark.parametrize("entry", ["integrate", "calibrate"])
@@ -130,6 +135,70 @@ def test_an_output_that_is_no_velocity_is_named_with_its_time(field, error, word
         cached(field, max_reuses=0).integrate(X, TS) if entry == "integrate" else calibrate(
             field, X, TS, progress=False
         )
+
+
+@pytest.mark.parametrize("field", NOTHING.values(), ids=NOTHING)
+def test_an_output_without_a_tensor_is_named_with_its_time(field):
+    with pytest.raises(TypeError, match=r"must return a tensor.*got (NoneType|ndarray) at t = 1"):
+        cached(field).integrate(X, TS)
+    with pytest.raises(TypeError, match=r"velocity like x.*got (NoneType|ndarray) at t = 1"):
+        calibrate(field, X, TS, progress=False)
+
+
+STEPPERS = {
+    "a class": (Heun, r"Heun is a class: call it"),
+    "a class in it": (UniPC(Linear), r"Linear is a class: call it"),
+    "a path": (Linear(), r"Expected a stepper, such as `Euler\(\)`.*; got Linear\("),
+    "a name": ("euler", r"Expected a stepper.*; got 'euler'"),
+}
+
+
+@pytest.mark.parametrize(("stepper", "words"), STEPPERS.values(), ids=STEPPERS)
+def test_what_is_no_stepper_is_refused(stepper, words):
+    enter = (
+        lambda: integrate(decay, X, TS, stepper),
+        lambda: cached().integrate(X, TS, stepper),
+        lambda: cached().run(TS, stepper).__enter__(),
+        lambda: CachedField(decay, PROFILE, nfe=2).plan(TS, stepper),
+        lambda: calibrate(decay, X, TS, stepper, progress=False),
+        lambda: rehearse(decay, PROFILE, X, TS, stepper),
+    )
+    for way in enter:
+        with pytest.raises(TypeError, match=words):
+            way()
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Euler's method on velocities that are clipped."""
+
+    at: float
+    order, adaptive = 1, False
+    weights = Euler.weights
+
+    def advance(self, field, x, t, t_next, memory):
+        return (t_next - t) * field(x, t).clamp(-self.at, self.at), None
+
+
+@pytest.mark.parametrize("at", [0.3, 30.0])
+def test_a_stepper_that_is_not_linear_takes_no_plans_and_no_corrections(at):
+    profile, ts = calibrate(decay, X, grids.uniform(8), progress=False), grids.uniform(8)
+    for options in ({"nfe": 4}, {"tolerance": 0.1}, {"tolerance": 0.1, "unit": "sample", "correct": False}):
+        with pytest.raises(ValueError, match=r"Clipped\(at=.*\) is not linear.*`correct=False`"):
+            CachedField(decay, profile, **options).integrate(X, ts, Clipped(at))
+    field = CachedField(decay, profile, tolerance=0.0, correct=False)
+    assert torch.equal(field.integrate(X, ts, Clipped(at)), integrate(decay, X, ts, Clipped(at)))
+
+
+@pytest.mark.parametrize("wrong", ["profile.safetensors", decay])
+def test_what_is_no_profile_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"Expected a profile after the field.*got (str|function)"):
+        CachedField(decay, wrong, nfe=2)
+
+
+def test_a_profile_is_not_saved_where_there_is_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere to save the profile in"):
+        PROFILE.save(tmp_path / "nowhere" / "p.safetensors")
 
 
 @pytest.mark.parametrize("t", [torch.ones(5), torch.ones(3, 1), np.ones(5)], ids=["(5,)", "(3, 1)", "numpy"])

@@ -713,6 +713,38 @@ def test_two_grids_and_two_steppers_have_plans_of_their_own():
         assert torch.equal(made.times, ts[:-1])
 
 
+def test_steppers_without_a_name_have_plans_of_their_own():
+    """One that is freed leaves its address, which is all that its name tells, to the next."""
+
+    class Weighted:
+        order, adaptive = 1, False
+
+        def __init__(self, power):
+            self.power = power
+
+        def weights(self, t, t_next):
+            return Euler().weights(t, t_next)
+
+        def advance(self, field, x, t, t_next, memory):
+            return t**self.power * (t_next - t) * field(x, t), None
+
+    flow = GaussianFlow(Linear())
+    cached = CachedField(flow, calibrated(flow), nfe=4)
+    for power in (0, 9, 0, 9, 0, 9):
+        fresh = CachedField(flow, cached.profile, nfe=4).plan(TS, Weighted(power))
+        assert torch.equal(cached.plan(TS, Weighted(power)).nodes, fresh.nodes)
+
+
+def test_no_error_is_told_where_one_output_answers_for_several():
+    flow = GaussianFlow(Linear())
+    profile = calibrate(flow, X, TS, Heun(), progress=False)
+    for nfe in (4, 13):
+        cached = CachedField(flow, profile, nfe=nfe)
+        cached.integrate(X, TS, Heun())
+        assert math.isnan(cached.plan(TS, Heun()).relative_error)
+        assert "expected" not in str(cached.report)
+
+
 # errors
 
 

@@ -9,7 +9,7 @@ from scipy.stats import binom, spearmanr
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from sencache.rehearse import usual_budgets
-from solvers import Linear, grids, integrate
+from solvers import Euler, Linear, grids, integrate
 
 FIELD = GaussianMixture.load("benchmarks/fields/gmm.safetensors", Linear())
 TS = grids.uniform(40)
@@ -98,10 +98,43 @@ def test_of_few_samples_the_largest_factor_is_taken():
     assert replace(few, factors=torch.arange(38.0)[None]).factor(3) == 36  # not the largest of 38 any more
 
 
-def test_between_two_budgets_the_larger_factor_counts():
+def test_of_plans_that_were_not_rehearsed_nothing_is_promised():
     some = SensitivityProfile(torch.tensor([1.0]), torch.ones(1), torch.ones(1))
     some = replace(some, budgets=torch.tensor([3, 6, 9]), factors=torch.tensor([[5.0], [2.0], [4.0]]))
-    assert [some.factor(n) for n in range(2, 11)] == [torch.inf, 5, 5, 5, 2, 4, 4, 4, torch.inf]
+    none = torch.inf
+    assert [some.factor(n) for n in range(2, 11)] == [none, 5, none, none, 2, none, none, 4, none]
+
+
+FIELDS = {  # of which plans of some lengths expect far too much or too little
+    "stiff": lambda x, t: 8 * (x - torch.cos(5 * t)),
+    "cubic": lambda x, t: -4 * x * (1 - x**2),
+    "growing": lambda x, t: -x / (0.1 + t),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_promises_hold_where_expectations_do_not(name):
+    field, ts = FIELDS[name], grids.uniform(40, 1.0, 0.01)
+    start = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)) for n in (8, 64, 256)]
+    profile = rehearse(field, calibrate(field, start[0], ts, progress=False), start[1], ts)
+    full = integrate(field, start[2], ts)
+    for rtol in torch.logspace(-4, -0.5, 12).tolist():
+        cached = CachedField(field, profile, rtol=rtol)
+        error = rms(cached.integrate(start[2], ts) - full) / rms(full)
+        assert (error <= rtol).double().mean() > 0.9 - 4 * (0.09 / 256 + 0.09 / 66) ** 0.5
+        assert len(cached.plan(ts).nodes) in [*profile.budgets.tolist(), 40]
+
+
+class Plain:
+    """Euler's method as somebody writes it who needs no dataclass."""
+
+    order, adaptive = 1, False
+    weights, advance = Euler.weights, Euler.advance
+
+
+def test_a_stepper_that_has_no_name_is_not_rehearsed(profile):
+    with pytest.raises(ValueError, match=r"known by its `repr`, and Plain has none.*make it a dataclass"):
+        rehearse(FIELD, profile, noise(2, 1), TS, Plain())
 
 
 def reuses(profile, nfe, x):
@@ -149,11 +182,11 @@ def test_what_is_observed_ranks_reuses_by_their_true_error(profile, nfe):
 
 
 def test_the_report_tells_what_to_expect(profile):
-    cached = CachedField(FIELD, profile, nfe=14)
+    cached = CachedField(FIELD, profile, nfe=16)
     cached.integrate(noise(4, 3), TS)
     plan, told = cached.plan(TS), str(cached.report)
     assert cached.report.expected == plan.relative_error
-    assert cached.report.promised == plan.promised == plan.relative_error * profile.factor(14)
+    assert cached.report.promised == plan.promised == plan.relative_error * profile.factor(16)
     assert "observed over predicted error of the reuses: median" in told
     assert f"expected relative error of the sample: {plan.relative_error:.2g}; 90 % of samples keep" in told
 

@@ -116,14 +116,18 @@ def expectations(profile: SensitivityProfile, plans: list[Plan]) -> str:
     bounds = rehearsed and profile.ratios is not None
     lines = [heads + (f"{'reuse within':>14}" if bounds else "")]
     for plan in plans:
-        line = f"{len(plan.nodes):12}{plan.relative_error:16.2e}"
+        error = "-" if math.isnan(plan.relative_error) else f"{plan.relative_error:.2e}"
+        line = f"{len(plan.nodes):12}{error:>16}"
         line += (f"{plan.promised:12.2e}" if plan.promised < math.inf else f"{'-':>12}") if rehearsed else ""
         lines.append(line + (f"{profile.bound(len(plan.nodes)):13.1f}x" if bounds else ""))
     said = ["Errors are relative RMS errors of the final state to the full run's."]
     if bounds:
         said.append("95 % of reuses are off by at most so many times what is predicted of them.")
-    if not rehearsed:
-        said.append("They leave out what errors do to later outputs: `sencache calibrate --rehearse` measures that.")
+    if any(math.isnan(plan.relative_error) for plan in plans):
+        said.append("None is expected where several outputs of one time are answered by one of them.")
+    elif not rehearsed:
+        known = "know the size alone of" if profile.alpha_x.isfinite().any() else "leave out"
+        said.append(f"They {known} what errors do to later outputs: `sencache calibrate --rehearse` measures that.")
     lines += textwrap.wrap(" ".join(said), 110)
     return "\n".join([*lines, "", times])
 

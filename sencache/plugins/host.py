@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sencache.batch import batch_of, clock_of
 from sencache.cache import CachedField
-from sencache.correct import uses_one_output
+from sencache.linear import uses_one_output
 from sencache.norms import difference, rms
 from sencache.plan import influence
 from sencache.profile import SensitivityProfile
