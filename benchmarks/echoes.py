@@ -54,10 +54,11 @@ def states(samples: int, purpose: str) -> Tensor:
 
 
 def fields(samples: int) -> Iterator[Looked]:
-    """Two with a formula, the mixture, and those that ship."""
+    """Three with a formula, the mixture, and those that ship."""
     formulas: dict[str, Any] = {
         "v = -x": lambda x, t: -x,
         "v = sin(2 x + 3 t) - x": lambda x, t: torch.sin(2 * x + 3 * t) - x,
+        "v = -x / (0.1 + t)": lambda x, t: -x / (0.1 + t),
     }
     for name, field in formulas.items():
         ts, x = grids.uniform(60), states(samples, "reported")
