@@ -40,10 +40,8 @@ class Look:
     step: Tensor  # float64, the sign of t's move since the query before
     known: Tensor  # bool, there is an evaluation, and it was finite
     same: Tensor  # bool, x and t are exactly those of the query before
-    anew: (
-        Tensor  # bool, another trajectory has begun: t ran backwards, x is another at the first t, or it is of another
-    )
-    #               shape, dtype or device
+    anew: Tensor  # bool, another trajectory has begun: t ran backwards, x is another at the first t of all, or it is of
+    #               another shape, dtype or device
     other: Tensor  # bool, another network answers here than at the last evaluation
     x: Any  # the query's state, a tree of (B, ...),
     norm: Norm  # and how it is measured

@@ -178,8 +178,7 @@ def plan_for(
     rtol: float | None = None,
     regime: Regime = one_network,
 ) -> Plan:
-    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them; or of those rehearsed, the cheapest
-    that meets `rtol`.
+    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest seen to meet `rtol`.
 
     Of the several outputs that Heun and its like ask for at one time, a plan evaluates the first and reuses it for the
     others; what that does to the sample nobody has measured, and no relative error is told. The output at the grid's
@@ -208,9 +207,7 @@ def plan_for(
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
     heard = 0.0 if hasattr(stepper, "noise") else HEARD
     plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
-    if len(_asked(stepper, ts)) > len(
-        times
-    ):  # what answering several queries of one time by one output does is unknown
+    if len(_asked(stepper, ts)) > len(times):  # one output answers for several, and nobody knows what that does
         plan = replace(plan, relative_error=torch.nan)
     if part.any():
         return plan
@@ -262,7 +259,8 @@ def best_plan(
         n, plan = len(nodes), expectation(errors.problem, nodes, size, errors)
         if not known:
             return plan
-        promised = plan.relative_error * profile.factor(n) if n < len(times) else 0.0
+        factor = profile.factor(n) if n < len(times) else 0.0
+        promised = plan.relative_error * factor if factor < torch.inf else factor
         return replace(plan, change=plan.change * profile.typical(n), promised=promised)
 
     if rtol is None:
