@@ -192,7 +192,7 @@ class CachedField:
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
         run = Run(self.field, self._rule(ts, stepper), self.key)
-        run.sampler = ts, stepper, fold
+        run.sampler, run.once = (ts, stepper, fold), ts is None
         if self._planned():
             plan = self.plan(ts, stepper)
             run.report.expected, run.report.promised = plan.relative_error, plan.promised

@@ -40,8 +40,8 @@ class Look:
     step: Tensor  # float64, the sign of t's move since the query before
     known: Tensor  # bool, there is an evaluation, and it was finite
     same: Tensor  # bool, x and t are exactly those of the query before
-    anew: Tensor  # bool, another trajectory has begun: t ran backwards, x is another at the first t of all, or it is of
-    #               another shape, dtype or device
+    anew: Tensor  # bool, another trajectory has begun: t ran backwards, or x is of another shape, dtype or device, or,
+    #               where nothing is known of who asks, another x at the first t
     other: Tensor  # bool, another network answers here than at the last evaluation
     x: Any  # the query's state, a tree of (B, ...),
     norm: Norm  # and how it is measured
@@ -90,8 +90,8 @@ class Branch:
         self.y = self.y_before = self.noted = None
         self.open, self.began = [], False
 
-    def look(self, x: Any, clock: Array, norm: Norm, regime: Regime) -> Look:
-        """Compare a query with the memory."""
+    def look(self, x: Any, clock: Array, norm: Norm, regime: Regime, once: bool = False) -> Look:
+        """Compare a query with the memory; `once` says that a trajectory has no two queries at its first time."""
         if self.y is None or kind(x) != kind(self.x) or clock.shape != self.t.shape:  # another trajectory
             return self._begin(x, clock, norm)
         with np.errstate(invalid="ignore"):  # times may be infinite
@@ -103,7 +103,9 @@ class Branch:
             parts = zip(tensors(x), tensors(self.last_x), strict=True)
             unmoved = torch.stack([(part == last).reshape(len(part), -1).all(1) for part, last in parts])
             same &= unmoved.all(0).cpu().numpy()
-        anew = np.where(self.direction == 0, (moved == 0) & ~same, step * self.direction < 0)
+        anew = step * self.direction < 0
+        if once:
+            anew |= (self.direction == 0) & (moved == 0) & ~same
         other = np.zeros(len(anew), dtype=bool)
         if regime is not one_network:
             here, there = regime(torch.from_numpy(clock)), regime(torch.from_numpy(self.t))

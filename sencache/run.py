@@ -97,6 +97,7 @@ class Run:
         self.branches = Branches(key)
         self.ledger: Ledger | None = None  # for a correction: where each query enters what it did
         self.sampler: tuple[Any, ...] = ()  # what is known of who asks, to begin anew with
+        self.once = False  # whether another state at the first time is another trajectory's, and not a second stage's
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The field's output at (x, t), of each sample evaluated or from memory."""
@@ -105,7 +106,9 @@ class Run:
         rule, watcher = self.rule, self.rule.watcher
         clock, branch = clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
-        seen = branch.look(x, clock, rule.norm, regime)  # its `distance` and `elapsed` are Alg. 1's ||d|| and |tau|
+        seen = branch.look(
+            x, clock, rule.norm, regime, self.once
+        )  # its `distance` and `elapsed` are Alg. 1's ||d|| and |tau|
         if not branch.direction.all():
             check_direction(rule.criterion.direction, seen.step * torch.from_numpy(branch.direction == 0))
         if watcher:
