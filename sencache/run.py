@@ -106,9 +106,8 @@ class Run:
         rule, watcher = self.rule, self.rule.watcher
         clock, branch = clock_of(t, batch_of(x)), self.branches.find(args, kwargs)
         regime = getattr(self.field, "regime", one_network)
-        seen = branch.look(
-            x, clock, rule.norm, regime, self.once
-        )  # its `distance` and `elapsed` are Alg. 1's ||d|| and |tau|
+        # Its `distance` and `elapsed` are Alg. 1's ||d|| and |tau|.
+        seen = branch.look(x, clock, rule.norm, regime, self.once)
         if not branch.direction.all():
             check_direction(rule.criterion.direction, seen.step * torch.from_numpy(branch.direction == 0))
         if watcher:

@@ -125,6 +125,13 @@ def test_promises_hold_where_expectations_do_not(name):
         assert len(cached.plan(ts).nodes) in [*profile.budgets.tolist(), 40]
 
 
+def test_a_factor_says_nothing_of_the_plans_next_to_its_own():
+    field, ts = FIELDS["stiff"], grids.uniform(50, 1.0, 0.0)
+    start = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)) for n in (8, 64)]
+    profile = rehearse(field, calibrate(field, start[0], ts, progress=False), start[1], ts, budgets=(11, 12, 15))
+    assert profile.factor(12) > 10 * max(profile.factor(11), profile.factor(15))
+
+
 class Plain:
     """Euler's method as somebody writes it who needs no dataclass."""
 
