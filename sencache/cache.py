@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sencache.checks import check_fit, check_model, check_options, check_path, check_payload, check_profile
@@ -25,6 +26,7 @@ from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
 from sencache.run import Criterion, Rule, Run
+from sencache.walk import Script, Walk, script
 from solvers import Euler, Stepper, integrate
 from solvers.loop import check_grid, check_stepper
 
@@ -110,6 +112,7 @@ class CachedField:
         self.unit = unit or ("sample" if profile is None and criterion is None else "output")
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, tuple[Stepper, Plan]] = {}  # a stepper that is kept shares its name with no other
+        self._scripts: dict[str, Script | None] = {}
         self._thread = threading.local()  # every thread has its own current run
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -123,8 +126,16 @@ class CachedField:
         Raises ValueError where the stepper is adaptive, or the grid is not in the profile's time unit and direction.
         """
         ts = check_grid(ts).detach()
-        with self.following(ts, stepper) as (run, corrected):
-            return integrate(run, x, ts, corrected)
+        script = self._script(ts, stepper)
+        if script is None:
+            with self.following(ts, stepper) as (run, corrected):
+                return integrate(run, x, ts, corrected)
+        with self._scope(ts, stepper) as run:
+            walk = Walk(stepper, script, self.norm)
+            try:
+                return integrate(self.field, x, ts, walk)
+            finally:
+                walk.tell(run.report)
 
     @contextmanager
     def following(self, ts: Tensor, stepper: Stepper = EULER) -> Iterator[tuple[Run, Stepper]]:
@@ -202,6 +213,16 @@ class CachedField:
         self._thread.run, self._thread.report = run, run.report
         return run
 
+    def _script(self, ts: Tensor, stepper: Stepper) -> Script | None:
+        """What is to be done on this grid, where all of it is known beforehand."""
+        free = self._planned() and self.payload == "output" and not hasattr(self.field, "regime")
+        if not free or torch.is_grad_enabled():
+            return None
+        plan, name = self.plan(ts, stepper), f"{stepper} {ts.dtype} {ts.tolist()}"
+        if name not in self._scripts:
+            self._scripts[name] = script(plan, stepper, ts)
+        return self._scripts[name]
+
     def _planned(self) -> bool:
         return self.tolerance is None and self.criterion is None
 
@@ -233,10 +254,10 @@ class CachedField:
         return Sensitivities(self.profile), n, getattr(self.tolerance, "variable", "t")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_thread", "_plans")}
+        return {name: value for name, value in vars(self).items() if name not in ("_thread", "_plans", "_scripts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _thread=threading.local(), _plans={})
+        vars(self).update(state, _thread=threading.local(), _plans={}, _scripts={})
 
 
 def _everywhere(tolerance: float) -> Callable[[float], float]:

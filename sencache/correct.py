@@ -19,7 +19,7 @@ queries those of Q gaps stand side by side, (B, Q, 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple, Protocol
 
@@ -78,7 +78,7 @@ def observed(offsets: Array, nodes: Array, apart: Array) -> Array:
     """
     weights = owed(offsets, nodes)
     k, two = weights[..., 0], weights[..., 2]
-    squares = np.where(two[..., None] == 0, apart[:, :1], apart) ** 2  # there may be no y_2
+    squares = np.where(two[..., None] == 0, apart[..., :1], apart) ** 2  # there may be no y_2
     side, other, across = (squares[..., i] for i in range(3))
     with np.errstate(invalid="ignore"):
         product = (side + other - across) / 2  # <y_k - y_r, y_2 - y_r>
@@ -197,20 +197,36 @@ class Repaying:
         dx, history = self.stepper.advance(field, x, t, t_next, history)
 
         closes = np.array([note.closes for note in self.notes])  # (Q, B)
-        # The sums of a gap that has just begun are zero, and are kept only for the history that a stepper may have.
-        ended = history is None and closes[-1].all()
-        if ended and not sums and closes.all():  # nothing was reused, neither here nor before
-            return dx, (None, [])
-        lies_in = closes.cumsum(0)  # the gap of each query: 0 was open before, and each evaluation opens another
         terms = [[torch.from_numpy(note.offset) for note in self.notes]]
         if self.notes[0].excess is not None:
             terms.append([note.excess.reshape(len(x), -1) for note in self.notes])
-        sums = sums or [Sums(torch.zeros_like(parts[0]), None) for parts in terms]
-        sums = [one.step(self.linear, parts, lies_in, t, t_next) for one, parts in zip(sums, terms, strict=True)]
+        ended, sums = due(self.linear, sums, terms, closes, history is None, t, t_next)
+        for note, each in zip(self.notes, ended, strict=True):
+            closed = note.closes & ~note.anew
+            if each and closed.any():
+                moments, *excess = each
+                off = [_share(closed, part) for part in tensors(excess)]
+                dx, history = paid((dx, history), shares(moments, note.nodes, closed), note.outputs, off)
+        return dx, (history, sums)
 
-        for note, closed in zip(self.notes, lies_in - closes, strict=True):
-            dx, history = _repaid((dx, history), note, *(one.of(closed) for one in sums))
-        return dx, (history, [] if ended else [one.of(lies_in[-1]) for one in sums])
+
+def due(
+    linear: Stepper, sums: list[Sums], terms: list[list[Tensor]], closes: Array, alone: bool, t: Tensor, t_next: Tensor
+) -> tuple[list[list[Sums]], list[Sums]]:
+    """The sums that the gaps come to which the Q queries of a step close, none where nothing was reused; and the open.
+
+    linear: the stepper without its noise; sums: those that were open, of each kind of `terms`, (B, n) of each query;
+    closes: (Q, B), whether it was evaluated; alone: whether the stepper has no history.
+    """
+    # The sums of a gap that has just begun are zero, and are kept only for the history that a stepper may have.
+    begun = alone and bool(closes[-1].all())
+    if begun and not sums and closes.all():  # nothing was reused, neither here nor before
+        return [[]] * len(closes), []
+    lies_in = closes.cumsum(0)  # the gap of each query: 0 was open before, and each evaluation opens another
+    sums = sums or [Sums(torch.zeros_like(parts[0]), None) for parts in terms]
+    sums = [one.step(linear, parts, lies_in, t, t_next) for one, parts in zip(sums, terms, strict=True)]
+    ended = [[one.of(closed) for one in sums] for closed in lies_in - closes]
+    return ended, [] if begun else [one.of(lies_in[-1]) for one in sums]
 
 
 class Sums(NamedTuple):
@@ -253,18 +269,22 @@ def _in_gap(sums: Tensor, gap: Array, gaps: int) -> Tensor:
     return torch.where(here.to(sums.device)[:, :, None], sums[:, None], 0.0)
 
 
-def _repaid(states: Any, note: Note, moments: Sums, excess: Sums | None = None) -> Any:
-    """Dx and history with what each owes for the gap that a query closed, of the samples where it closed one."""
-    closed = note.closes & ~note.anew
-    if not closed.any():
-        return states
+def shares(moments: Sums, nodes: Array, closed: Array) -> list[Array | None]:
+    """The weights (B, 3) of y_k, y_r, y_2 in what dx and each tensor of the history owe; None of a step's length.
 
-    def one(part: Tensor, m: Tensor, e: Tensor | None) -> Tensor:
-        if m.ndim < 2:  # a step's length
+    Of the samples `closed` (B,) bool, whose gap ended.
+    """
+    parts = [part.numpy() if part.ndim > 1 else None for part in tensors(moments)]
+    return [None if part is None else np.where(closed[:, None], owed(part, nodes), 0.0) for part in parts]
+
+
+def paid(states: Any, weights: list[Array | None], outputs: tuple[Any, Any, Any], excess: Sequence[Tensor] = ()) -> Any:
+    """Dx and history with their shares (B, 3) of the outputs y_k, y_r, y_2, each less its excess (B, n)."""
+
+    def one(part: Tensor, share: Array | None, off: Tensor | None) -> Tensor:
+        if share is None:
             return part
-        weights = np.where(closed[:, None], owed(m.numpy(), note.nodes), 0.0)
-        taken_off = None if e is None else _share(closed, e.reshape(part.shape))
-        return repaid(part, weights, note.outputs, taken_off)
+        return repaid(part, share, outputs, None if off is None else off.reshape(part.shape))
 
-    parts = zip(tensors(states), tensors(moments), tensors(excess) or repeat(None), strict=False)
+    parts = zip(tensors(states), weights, excess or repeat(None), strict=False)
     return replace(states, [one(*three) for three in parts])

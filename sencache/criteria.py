@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sencache.batch import Array
 from sencache.memory import Look
 from sencache.plan import Plan, Stops
 from sencache.profile import SensitivityProfile
@@ -45,11 +46,15 @@ class Planned:
         return self.plan.direction
 
     def predicted(self, seen: Look) -> Tensor:
-        expected, difference = self.plan.predicted(seen.t_ref.numpy(), seen.t.numpy())
+        change = self.changes(seen.t_ref.numpy(), seen.t.numpy(), seen.difference.numpy())
+        return torch.from_numpy(np.where(seen.known.numpy(), change, np.inf))
+
+    def changes(self, t_ref: Array, t: Array, difference: Array) -> Array:
+        """What is given (B,) of reuses at t (B,) of what was evaluated at t_ref, `difference` from what was before."""
+        expected, usual = self.plan.predicted(t_ref, t)
         with np.errstate(divide="ignore", invalid="ignore"):
-            own = (seen.difference.numpy() / difference) ** 0.5
-        own = np.where((own > 0) & (own < np.inf), own, 1.0)
-        return torch.from_numpy(np.where(seen.known.numpy(), expected * own, np.inf))
+            own = (difference / usual) ** 0.5
+        return expected * np.where((own > 0) & (own < np.inf), own, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
