@@ -178,7 +178,7 @@ def plan_for(
     rtol: float | None = None,
     regime: Regime = one_network,
 ) -> Plan:
-    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the cheapest seen to meet `rtol`.
+    """The best plan of `nfe` evaluations on ts (K + 1,), by default half of them, or the shortest seen to keep `rtol`.
 
     Of the several outputs that Heun and its like ask for at one time, a plan evaluates the first and reuses it for the
     others; what that does to the sample nobody has measured, and no relative error is told. The output at the grid's
@@ -191,7 +191,7 @@ def plan_for(
     does. Then, and where the profile is assumed, it stops at the shortest path, because how errors cancel is not known;
     and where outputs are held, which gained nothing from more.
     Where errors can grow under every plan, one that holds and repays nothing is taken if they grow less under that:
-    holding allows the longest gaps. An `rtol` takes none of these plans.
+    holding allows the longest gaps. An `rtol` takes no plan under which errors can grow.
     """
     times, gain = influence(stepper, ts)
     unknown = times[~profile.near(times)]
@@ -239,31 +239,24 @@ def best_plan(
     rehearsed = profile.facts.get("rehearsed")
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
-    known = rehearsed == sampler and reuse == "linear" and correct
-    budgets = [] if rtol is None or profile.budgets is None else profile.budgets.tolist()  # of which something is known
-    most = nfe or max(networks, -(-len(times) // 2), *budgets)
-    size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
-    paths = [(Errors(problem), schedules(problem, most)) for problem in problems]
+    if rtol is not None:
+        nfe = profile.shortest(rtol) or len(times)
+    n = nfe or max(networks, -(-len(times) // 2))
     polishes = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # it is known how errors cancel
-
-    def best(n: int) -> Plan:
-        ways = [(errors, errors.polished(path[n - 1]) if polishes else path[n - 1]) for errors, path in paths]
-        ranks = [errors.rank(nodes) for errors, nodes in ways]
-        if rtol is None and all(grows for grows, *_ in ranks):
-            held = Errors(replace(problems[0], reuse="hold", correct=False))  # it bears the longest gaps
-            ways.append((held, schedules(held.problem, n)[-1]))
-            ranks.append(held.rank(ways[-1][1]))
-        return promising(*ways[ranks.index(min(ranks))])
-
-    def promising(errors: Errors, nodes: Tensor) -> Plan:
-        n, plan = len(nodes), expectation(errors.problem, nodes, size, errors)
-        if not known:
-            return plan
-        factor = profile.factor(n) if n < len(times) else 0.0
-        promised = plan.relative_error * factor if factor < torch.inf else factor
-        return replace(plan, change=plan.change * profile.typical(n), promised=promised)
-
-    if rtol is None:
-        return best(most)
-    everything = promising(paths[0][0], torch.arange(len(times)))
-    return next((plan for plan in map(best, budgets) if plan.stable and plan.promised <= rtol), everything)
+    ways = []
+    for problem in problems:
+        errors, nodes = Errors(problem), schedules(problem, n)[-1] if n < len(times) else torch.arange(n)
+        ways.append((errors, errors.polished(nodes) if polishes else nodes))
+    ranks = [errors.rank(nodes) for errors, nodes in ways]
+    if all(grows for grows, *_ in ranks):
+        held = Errors(replace(problems[0], reuse="hold", correct=False))  # it bears the longest gaps
+        ways.append((held, schedules(held.problem, n)[-1]))
+        ranks.append(held.rank(ways[-1][1]))
+    errors, nodes = ways[ranks.index(min(ranks))]
+    size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
+    plan = expectation(errors.problem, nodes, size, errors)
+    if rehearsed != sampler or reuse != "linear" or not correct:
+        return plan
+    factor = profile.factor(n) if n < len(times) else 0.0
+    promised = plan.relative_error * factor if factor < torch.inf else factor
+    return replace(plan, change=plan.change * profile.typical(n), promised=promised)

@@ -12,6 +12,8 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
+from operator import ge, le
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from scipy.special import betainc
 from torch import Tensor, nn
 
 FORMAT = "sencache profile 1"
-OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "factors", "ratios")
+OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "expected", "factors", "ratios")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,10 @@ class SensitivityProfile:
     size: Tensor | None = None  # (S,) RMS of each sample's final state
     end: Tensor | None = None  # () the time at which that is
     budgets: Tensor | None = None  # (R,) int64, rising: the evaluations of the plans that were rehearsed
+    expected: Tensor | None = None  # (R,) the relative errors that they expect, infinite where errors can grow
     factors: Tensor | None = None  # (R, S') error over expected error of each rehearsed sample
-    ratios: Tensor | None = None  # (R, S', T) true over predicted error of each of their reuses; NaN at evaluations
+    ratios: Tensor | None = None  # (R, S', T) true over predicted error of each of their reuses; NaN at evaluations,
+    #                               and throughout where reuses were not compared with the truth
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 
     def __post_init__(self) -> None:
@@ -109,6 +113,22 @@ class SensitivityProfile:
         known = dict(zip(self._budgets(), self.factors, strict=True))
         return _tolerance_limit(known[nfe], share) if nfe in known else math.inf
 
+    def shortest(self, rtol: float) -> int | None:
+        """The evaluations of the shortest rehearsed plan that keeps `rtol`; None if none is known to.
+
+        Plans are tested from the longest down, up to the first that fails, so that what is promised holds of the one
+        that is chosen, in nine of ten rehearsals, however many there were to choose from ("fixed-sequence testing",
+        Angelopoulos et al. 2021, arXiv 2110.01052).
+        """
+        self.factor(1)  # raises where nothing was rehearsed
+        if self.expected is None:
+            raise ValueError(
+                "This profile was rehearsed by an earlier version, which `rtol` cannot read: rehearse again."
+            )
+        limits = {n: float(size) * self.factor(n) for n, size in zip(self._budgets(), self.expected, strict=True)}
+        kept = [n for n, _ in takewhile(lambda one: one[1] <= rtol, sorted(limits.items(), reverse=True))]
+        return min(kept, default=None)
+
     def bound(self, nfe: int, share: float = 0.95, *, whole: bool = False) -> float:
         """How many times its prediction the error of a reuse is at most, in `share` of reuses, for `nfe` evaluations.
 
@@ -117,29 +137,29 @@ class SensitivityProfile:
         """
         if self.ratios is None:
             raise ValueError("This needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
-        known = [each[:, ~each.isnan().any(0)] for each in self.ratios]  # (S', reuses)
+        known = {n: each[:, ~each.isnan().any(0)] for n, each in self._compared().items()}  # (S', reuses)
         limit = _tolerance_limit if whole else _quantile
-        groups = [each.amax(1) if whole and each.shape[1] else each.flatten() for each in known]
-        found = [limit(group / self.typical(n), share) for group, n in zip(groups, self._budgets(), strict=True)]
-        outside = not self._budgets()[0] <= nfe <= self._budgets()[-1]
-        if whole or outside:
-            return self._around(nfe, found)
-        return float(np.interp(nfe, self._budgets(), found))
+        groups = {n: each.amax(1) if whole and each.shape[1] else each.flatten() for n, each in known.items()}
+        found = {n: limit(group / self.typical(n), share) for n, group in groups.items()}
+        if whole or not min(found) <= nfe <= max(found):
+            return _around(nfe, found)
+        return float(np.interp(nfe, list(found), list(found.values())))
 
     def typical(self, nfe: int) -> float:
         """The median ratio of a reuse's true error to the expected one, interpolated between budgets; 1 if unknown."""
         if self.ratios is None:
             return 1.0
-        return float(np.interp(nfe, self._budgets(), [float(each.nanmedian().nan_to_num(1.0)) for each in self.ratios]))
+        found = {n: float(each.nanmedian().nan_to_num(1.0)) for n, each in self._compared().items()}
+        return float(np.interp(nfe, list(found), list(found.values())))
 
     def _budgets(self) -> list[int]:
         return [] if self.budgets is None else self.budgets.tolist()
 
-    def _around(self, nfe: int, values: list[float]) -> float:
-        """The larger of the values of the budgets on both sides of `nfe`."""
-        below = [value for n, value in zip(self._budgets(), values, strict=True) if n <= nfe]
-        above = [value for n, value in zip(self._budgets(), values, strict=True) if n >= nfe]
-        return max(below[-1], above[0]) if below and above else math.inf
+    def _compared(self) -> dict[int, Tensor]:
+        """The ratios (S', T) by budget, of those whose reuses were compared with the truth, or that have none."""
+        assert self.ratios is not None
+        pairs = zip(self._budgets(), self.ratios, strict=True)
+        return {n: each for n, each in pairs if n == each.shape[1] or not each.isnan().all()}
 
     @property
     def direction(self) -> int:
@@ -237,6 +257,12 @@ class SensitivityProfile:
         alpha_t = parts["J_t_norm"].masked_fill(unmeasured | (parts["J_t_norm"] == 0), torch.nan) / numel**0.5
         facts = {"source": "npz", "direction": "unknown"}
         return cls(parts["timesteps"][order], alpha_x[order], alpha_t[order], facts=facts)
+
+
+def _around(nfe: int, values: Mapping[int, float]) -> float:
+    """The larger of the values, by rising budget, of those on both sides of `nfe`."""
+    below, above = ([value for n, value in values.items() if side(n, nfe)] for side in (le, ge))
+    return max(below[-1], above[0]) if below and above else math.inf
 
 
 def _quantile(values: Tensor, share: float) -> float:

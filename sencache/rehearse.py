@@ -40,8 +40,8 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. A promise is of the plan that was rehearsed: an `rtol` chooses among these, or evaluates everything.
-    The default budgets are up to nine from 1/10 to 9/10 of the full run's. Pays for a full run, and another for each
-    budget, in which reuses are compared with the truth.
+    The default budgets are up to 17 from 1/10 to 9/10 of the full run's. Pays for a full run, for each budget, and for
+    the truth that reuses are compared with: of every fourth default budget, and of all that are given.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
@@ -64,33 +64,46 @@ def rehearse(
             "An assumed profile expects no error that could be rehearsed: calibrate first, `calibrate(...)`."
         )
     facts = {name: fact for name, fact in profile.facts.items() if name != "rehearsed"}
-    profile = replace(profile, budgets=None, factors=None, ratios=None, facts=facts)
+    profile = replace(profile, budgets=None, expected=None, factors=None, ratios=None, facts=facts)
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
-    budgets = tuple(sorted(set(budgets) or usual_budgets(steps, networks)))
+    usual, some = usual_rehearsal(steps, networks)
+    compared, budgets = set(budgets) or some, tuple(sorted(set(budgets) or usual))
     if not networks <= budgets[0] <= budgets[-1] <= steps:
         raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
-    factors, ratios = [], []
+    expected, factors, ratios = [], [], []
     with torch.no_grad():
         full = integrate(field, x, ts, stepper)
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
-            end, ratio = _compared(cached, x, ts, stepper)
-            error = rms((end - full).double()) / rms(full.double())
-            factors.append((error.cpu() / cached.plan(ts, stepper).relative_error).nan_to_num(nan=0.0))  # 0 of 0
+            end, ratio = _compared(cached, x, ts, stepper) if nfe in compared else _run(cached, x, ts, stepper)
+            error, plan = rms((end - full).double()) / rms(full.double()), cached.plan(ts, stepper)
+            expected.append(plan.relative_error if plan.stable else torch.inf)
+            factors.append((error.cpu() / plan.relative_error).nan_to_num(nan=0.0))  # 0 of 0
             ratios.append(ratio)
     facts["rehearsed"] = sampler_name(stepper, ts)
-    known = {"factors": torch.stack(factors), "ratios": torch.stack(ratios)}
-    return replace(profile, budgets=torch.tensor(budgets), facts=facts, **known)
+    known = {"budgets": torch.tensor(budgets), "expected": torch.tensor(expected, dtype=torch.float64)}
+    return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
 
 
-def usual_budgets(queries: int, networks: int = 1) -> list[int]:
-    """Up to nine budgets from 1/10 to 9/10 of a full run's evaluations, in equal ratios, rising.
+def usual_budgets(queries: int, networks: int = 1, most: int = 9) -> list[int]:
+    """Up to `most` budgets from 1/10 to 9/10 of a full run's evaluations, in equal ratios, rising.
 
     Each of the `networks` that take turns is evaluated, and, where it can be, something is left to reuse.
     """
-    wanted = {round(queries / 10 * 9 ** (i / 8)) for i in range(9)}
+    wanted = {round(queries / 10 * 9 ** (i / (most - 1))) for i in range(most)}
     return sorted({max(networks, min(n, queries - 1)) for n in wanted})
+
+
+def usual_rehearsal(queries: int, networks: int = 1) -> tuple[list[int], set[int]]:
+    """Up to 17 such budgets, and every fourth of them, in which reuses are compared with the truth."""
+    budgets = usual_budgets(queries, networks, 17)
+    return budgets, {*budgets[::4], budgets[-1]}
+
+
+def _run(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:
+    """`_compared`, without comparing."""
+    return cached.integrate(x, ts, stepper), torch.full((len(x), len(ts) - 1), torch.nan, dtype=torch.float64)
 
 
 def _compared(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 When to evaluate, how to continue, and with what weights each gap is repaid are written down once, in a `Script`, and
 `CachedField.integrate` follows it without asking a `Run` at every query. The sample and the report are those of `Run`,
-`Planned` and `Repaying`, to the bit (`tests/test_walk.py`); what is saved is most of the time between evaluations, and
-the device is waited for once, at the end.
+`Planned` and `Repaying`, to the bit (`tests/test_walk.py`); what is saved is most of the time between evaluations. What
+the report needs is asked of the device once, at the end.
 
 Shapes: T queries of the grid, B samples.
 """
@@ -122,7 +122,7 @@ class Walk:
         return continued(last, before, self.script.phi[j].repeat(batch))
 
     def tell(self, report: Report) -> None:
-        """Enter the queries so far in the report, the device being waited for."""
+        """Enter the queries so far in the report."""
         if not self.apart:
             return
         known, t = self.script, np.array(self.times)

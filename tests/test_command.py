@@ -82,7 +82,7 @@ def test_calibrate_writes_what_the_library_measures(capsys):
     profile = SensitivityProfile.load("p.safetensors")
     ours = calibrate(command_fields.mixture, noise((6,), range(8)), TS, progress=False)
     ours = rehearse(command_fields.mixture, ours, noise((6,), range(8, 20)), TS)
-    for name in ("t", "alpha_x", "alpha_t", "gram", "size", "end", "budgets", "factors"):
+    for name in ("t", "alpha_x", "alpha_t", "gram", "size", "end", "budgets", "expected", "factors"):
         torch.testing.assert_close(getattr(profile, name), getattr(ours, name), rtol=1e-6, atol=1e-9)
     assert list(profile.facts["seeds"]) == [0, 19]
     assert {name: profile.facts[name] for name in ours.facts} == dict(ours.facts)

@@ -8,7 +8,7 @@ from scipy.stats import binom, spearmanr
 
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
-from sencache.rehearse import usual_budgets
+from sencache.rehearse import usual_budgets, usual_rehearsal
 from solvers import Euler, Linear, grids, integrate
 
 FIELD = GaussianMixture.load("benchmarks/fields/gmm.safetensors", Linear())
@@ -53,6 +53,24 @@ def test_a_factor_is_kept_by_nine_of_ten_in_nine_of_ten_rehearsals(profile):
 def test_the_usual_budgets_are_from_a_tenth_to_nine_tenths():
     assert usual_budgets(50) == [5, 7, 9, 11, 15, 20, 26, 34, 45]
     assert usual_budgets(4) == [1, 2, 3]
+
+
+def test_what_a_rehearsal_pays_for():
+    """A full run, each plan, and the truth beside every fourth: little more than ten full runs."""
+    calls = []
+
+    def counted(x, t):
+        calls.append(len(x))
+        return FIELD(x, t)
+
+    profile = rehearse(counted, calibrate(FIELD, noise(2, 0), TS, progress=False), noise(3, 1), TS)
+    budgets, compared = usual_rehearsal(40)
+    assert profile.budgets.tolist() == budgets == [4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 21, 24, 27, 31, 36]
+    assert compared == {4, 8, 14, 24, 36}
+    assert sum(calls) == 3 * (40 + sum(40 if n in compared else n for n in budgets))
+    assert sum(calls) <= 3 * 40 * 10.5
+    has_truth = [bool(ratios.isfinite().any()) for ratios in profile.ratios]
+    assert has_truth == [n in compared for n in budgets]
 
 
 @pytest.mark.parametrize("networks", [1, 2])
@@ -103,6 +121,48 @@ def test_of_plans_that_were_not_rehearsed_nothing_is_promised():
     some = replace(some, budgets=torch.tensor([3, 6, 9]), factors=torch.tensor([[5.0], [2.0], [4.0]]))
     none = torch.inf
     assert [some.factor(n) for n in range(2, 11)] == [none, 5, none, none, 2, none, none, 4, none]
+
+
+def rehearsed(*factors, expected=1.0):
+    """A profile of which only this is known: plans of 3, 6, 9, ... evaluations, and the factors of each."""
+    some = SensitivityProfile(torch.tensor([1.0]), torch.ones(1), torch.ones(1))
+    budgets = 3 * torch.arange(1, len(factors) + 1)
+    sizes = torch.full((len(factors),), expected, dtype=torch.float64)
+    return replace(some, budgets=budgets, expected=sizes, factors=torch.as_tensor(factors))
+
+
+def test_plans_are_tested_from_the_longest_down():
+    some = rehearsed([1.0], [5.0], [2.0], expected=0.1)
+    assert some.shortest(0.5) == 3
+    assert some.shortest(0.4) == 9  # 6 fails, and what 3 promises may be luck
+    assert some.shortest(0.19) is None
+    assert replace(some, expected=torch.tensor([0.1, 0.1, torch.inf])).shortest(9.0) is None  # errors can grow
+
+
+def test_a_choice_among_many_plans_is_no_lucky_one():
+    """Seventeen plans of which a little less than 90 % of samples keep what is asked: seldom is one chosen."""
+    draws = torch.rand(400, 17, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    chosen = [rehearsed(*factors.tolist()).shortest(0.899) is not None for factors in draws]
+    lucky = [any(rehearsed(*factors.tolist()).factor(n) <= 0.899 for n in range(3, 52, 3)) for factors in draws]
+    assert sum(chosen) < 400 * (0.1 + 3 * (0.09 / 400) ** 0.5)
+    assert sum(lucky) > 3 * sum(chosen)
+
+
+def test_a_rehearsal_of_before_is_asked_for_again(profile):
+    with pytest.raises(ValueError, match=r"rehearsed by an earlier version.*rehearse again"):
+        CachedField(FIELD, replace(profile, expected=None), rtol=0.01).plan(TS)
+
+
+def test_bounds_between_budgets_are_those_of_reuses_that_were_compared():
+    ratios = torch.full((3, 4, 10), torch.nan, dtype=torch.float64)
+    ratios[0, :, 5:], ratios[2, :, 7:] = 1.0, 3.0
+    some = replace(rehearsed([1.0] * 4, [1.0] * 4, [1.0] * 4), ratios=ratios)
+    assert [some.typical(n) for n in (3, 6, 9)] == [1, 2, 3]
+    assert some.bound(6) == 1
+    ratios[0, 0, 5:] = 2.0
+    wide = replace(some, ratios=ratios)
+    assert wide.bound(3, whole=True) == wide.bound(6, whole=True) == 2  # the larger of both sides
+    assert wide.bound(9, whole=True) == 1
 
 
 FIELDS = {  # of which plans of some lengths expect far too much or too little

@@ -51,9 +51,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def budgets_of(profile: SensitivityProfile) -> list[int]:
-    """The rehearsed budgets, or up to nine from 1/10 to 9/10 of all times."""
+    """Up to nine of the rehearsed budgets, or from 1/10 to 9/10 of all times."""
     if profile.budgets is not None:
-        return profile.budgets.tolist()
+        known = profile.budgets.tolist()
+        return known[:: -(-len(known) // 9)]
     return usual_budgets(len(profile.t), len(profile.facts.get("crossings", [])) + 1)  # networks that take turns
 
 

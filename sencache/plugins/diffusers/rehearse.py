@@ -28,6 +28,7 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
         raise ValueError(f"`budgets` count evaluations, 1, 2, ...; got {budgets}.")
     wanted = handle.options
     factors: list[Tensor] = []
+    sizes: dict[int, float] = {}
     try:
         for run in runs:
             full = _end(handle, run, tolerance=0.0)
@@ -37,8 +38,10 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
             errors = []
             for nfe in budgets:
                 error = rms(_end(handle, run, nfe=nfe) - full).double() / rms(full).double()
-                assert handle.plan is not None
-                errors.append((error.cpu() / handle.plan.relative_error).nan_to_num(nan=0.0))  # 0 of 0
+                plan = handle.plan
+                assert plan is not None
+                sizes[nfe] = plan.relative_error if plan.stable else torch.inf
+                errors.append((error.cpu() / plan.relative_error).nan_to_num(nan=0.0))  # 0 of 0
             factors.append(torch.stack(errors))
     finally:
         handle.options = wanted
@@ -46,7 +49,9 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
         raise ValueError("`runs` must hold at least one run of the pipeline; got none.")
     facts = {**profile.facts, "rehearsed": handle.known.name}
     measured = torch.cat(factors, 1)
-    profile = replace(profile, budgets=torch.tensor(budgets), factors=measured, ratios=None, facts=facts)
+    expected = torch.tensor([sizes[nfe] for nfe in budgets], dtype=torch.float64)
+    known = {"budgets": torch.tensor(budgets), "expected": expected, "factors": measured}
+    profile = replace(profile, **known, ratios=None, facts=facts)
     handle.keep(profile)
     return profile
 
