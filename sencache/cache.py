@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sencache.checks import check_fit, check_model, check_options, check_path, check_payload, check_profile
+from sencache.checks import check_fit, check_fixed, check_model, check_options, check_path, check_payload, check_profile
 from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Gains, Planned, Sensitivities
 from sencache.linear import check_linear
@@ -26,9 +26,9 @@ from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
 from sencache.run import Criterion, Rule, Run
-from sencache.walk import Script, Walk, script
+from sencache.walk import Script, is_constant, script, walking
 from solvers import Euler, Stepper, integrate
-from solvers.loop import check_grid, check_stepper
+from solvers.loop import check_grid
 
 EULER = Euler()
 Tolerance = float | Callable[[float], float]
@@ -100,7 +100,7 @@ class CachedField:
             check_model(profile, getattr(field, "fingerprint", None))
             check_path(profile, getattr(field, "path", None))
             if rtol is not None:
-                profile.factor(1)  # raises where nothing was rehearsed
+                profile.shortest(rtol)  # raises where nothing was rehearsed
         elif tolerance is None and criterion is None:
             raise ValueError(
                 "Without a profile give `tolerance`; for `nfe` or `rtol` calibrate first, `calibrate(...)`, or for "
@@ -112,7 +112,7 @@ class CachedField:
         self.unit = unit or ("sample" if profile is None and criterion is None else "output")
         self.correct = reuse != "hold" if correct is None else correct
         self._plans: dict[str, tuple[Stepper, Plan]] = {}  # a stepper that is kept shares its name with no other
-        self._scripts: dict[str, Script | None] = {}
+        self._scripts: dict[str, tuple[tuple[Any, ...], Script | None]] = {}
         self._thread = threading.local()  # every thread has its own current run
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +121,7 @@ class CachedField:
         return run(x, t, *args, **kwargs)
 
     def integrate(self, x: Tensor, ts: Tensor, stepper: Stepper = EULER) -> Tensor:
-        """The state (B, ...) at ts[-1] from x (B, ...) at ts[0], in a run of its own; `report` tells how.
+        """The state (B, ...) at ts[-1] from x (B, ...) at ts[0], in a run of its own, of which `report` tells after.
 
         Raises ValueError where the stepper is adaptive, or the grid is not in the profile's time unit and direction.
         """
@@ -130,12 +130,8 @@ class CachedField:
         if script is None:
             with self.following(ts, stepper) as (run, corrected):
                 return integrate(run, x, ts, corrected)
-        with self._scope(ts, stepper) as run:
-            walk = Walk(stepper, script, self.norm)
-            try:
-                return integrate(self.field, x, ts, walk)
-            finally:
-                walk.tell(run.report)
+        with self._scope(ts, stepper) as run, walking(self.field, stepper, script, self.norm, run.report) as walk:
+            return integrate(walk.field, x, ts, walk)
 
     @contextmanager
     def following(self, ts: Tensor, stepper: Stepper = EULER) -> Iterator[tuple[Run, Stepper]]:
@@ -161,12 +157,7 @@ class CachedField:
 
     @contextmanager
     def _scope(self, ts: Tensor | None, stepper: Stepper, fold: bool = False) -> Iterator[Run]:
-        check_stepper(stepper)
-        if stepper.adaptive:
-            raise ValueError(
-                f"{stepper} chooses its steps by comparing outputs, and reused outputs fool it into wrong results. "
-                "Integrate the bare field with it, or take a fixed-step method here: Euler, Heun, DPMSolverPP, UniPC."
-            )
+        check_fixed(stepper)
         outer = getattr(self._thread, "run", None)
         run = self._begin(ts, stepper, fold)
         try:
@@ -189,7 +180,7 @@ class CachedField:
         """The schedule that `nfe` or `rtol` leads to on the grid ts (K + 1,), by default the calibrated one."""
         if self.profile is None or self.tolerance is not None:
             raise ValueError("A plan needs a profile and `nfe` or `rtol`; here the rule decides at every step.")
-        check_stepper(stepper)
+        check_fixed(stepper)
         grid = self.profile.grid if ts is None else check_grid(ts).double().cpu()
         name = f"{stepper} {grid.tolist()}"
         if name not in self._plans:
@@ -218,10 +209,12 @@ class CachedField:
         free = self._planned() and self.payload == "output" and not hasattr(self.field, "regime")
         if not free or torch.is_grad_enabled():
             return None
-        plan, name = self.plan(ts, stepper), f"{stepper} {ts.dtype} {ts.tolist()}"
-        if name not in self._scripts:
-            self._scripts[name] = script(plan, stepper, ts)
-        return self._scripts[name]
+        of, name = (stepper, self.plan(ts, stepper), self._repays(ts, stepper)), f"{stepper} {ts.dtype} {ts.tolist()}"
+        known, found = self._scripts.get(name, ((None,) * 3, None))
+        if not is_constant(stepper) or any(one is not other for one, other in zip(known, of, strict=True)):
+            found = script(*of, ts)
+            self._scripts[name] = of, found
+        return found
 
     def _planned(self) -> bool:
         return self.tolerance is None and self.criterion is None

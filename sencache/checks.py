@@ -12,7 +12,8 @@ from sencache.criteria import Scheduled
 from sencache.profile import SensitivityProfile
 from sencache.reuse import REUSES
 from sencache.run import Criterion, check_direction
-from solvers import Path
+from solvers import Path, Stepper
+from solvers.loop import check_stepper
 
 UNITS = ("output", "sample")
 
@@ -101,6 +102,16 @@ def check_path(profile: SensitivityProfile, ours: object) -> None:
         raise ValueError(
             f"The profile was assumed on {profile.facts['path']}, and this field is on {ours}: assume it on that, "
             "`assumed(field.path, ts)`."
+        )
+
+
+def check_fixed(stepper: Stepper) -> None:
+    """Raise where this is no stepper, or one that chooses its steps by the outputs."""
+    check_stepper(stepper)
+    if stepper.adaptive:
+        raise ValueError(
+            f"{stepper} chooses its steps by comparing outputs, and reused outputs fool it into wrong results. "
+            "Integrate the bare field with it, or take a fixed-step method here: Euler, Heun, DPMSolverPP, UniPC."
         )
 
 

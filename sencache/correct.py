@@ -205,7 +205,7 @@ class Repaying:
             closed = note.closes & ~note.anew
             if each and closed.any():
                 moments, *excess = each
-                off = [_share(closed, part) for part in tensors(excess)]
+                off = [_share(closed, part) if part.ndim > 1 else part for part in tensors(excess)]
                 dx, history = paid((dx, history), shares(moments, note.nodes, closed), note.outputs, off)
         return dx, (history, sums)
 

@@ -257,6 +257,5 @@ def best_plan(
     plan = expectation(errors.problem, nodes, size, errors)
     if rehearsed != sampler or reuse != "linear" or not correct:
         return plan
-    factor = profile.factor(n) if n < len(times) else 0.0
-    promised = plan.relative_error * factor if factor < torch.inf else factor
+    promised = profile.promise(n, plan.relative_error) if n < len(times) else 0.0
     return replace(plan, change=plan.change * profile.typical(n), promised=promised)

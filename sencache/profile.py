@@ -69,6 +69,11 @@ class SensitivityProfile:
             raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")
         if self.ratios is not None and (self.budgets is None or len(self.ratios) != len(self.budgets)):
             raise ValueError("`ratios` (R, S', T) go with `budgets` (R,) of a rehearsal: leave out both, or neither.")
+        for name in ("expected", "factors"):
+            if (part := getattr(self, name)) is not None and (self.budgets is None or len(part) != len(self.budgets)):
+                raise ValueError(
+                    f"`{name}` of a rehearsal has a row for each of its `budgets`: leave out both, or neither."
+                )
         if (self.alpha_x < 0).any() or (self.alpha_t < 0).any():
             raise ValueError("Sensitivities are norms and cannot be negative; use NaN where one could not be measured.")
 
@@ -125,9 +130,14 @@ class SensitivityProfile:
             raise ValueError(
                 "This profile was rehearsed by an earlier version, which `rtol` cannot read: rehearse again."
             )
-        limits = {n: float(size) * self.factor(n) for n, size in zip(self._budgets(), self.expected, strict=True)}
-        kept = [n for n, _ in takewhile(lambda one: one[1] <= rtol, sorted(limits.items(), reverse=True))]
+        sizes = dict(zip(self._budgets(), self.expected.tolist(), strict=True))
+        kept = takewhile(lambda n: self.promise(n, sizes[n]) <= rtol, reversed(self._budgets()))
         return min(kept, default=None)
+
+    def promise(self, nfe: int, expected: float) -> float:
+        """The relative error that 90 % of samples keep under the plan of `nfe` evaluations that expects `expected`."""
+        factor = self.factor(nfe)
+        return expected * factor if factor < math.inf else factor
 
     def bound(self, nfe: int, share: float = 0.95, *, whole: bool = False) -> float:
         """How many times its prediction the error of a reuse is at most, in `share` of reuses, for `nfe` evaluations.
@@ -149,7 +159,7 @@ class SensitivityProfile:
         """The median ratio of a reuse's true error to the expected one, interpolated between budgets; 1 if unknown."""
         if self.ratios is None:
             return 1.0
-        found = {n: float(each.nanmedian().nan_to_num(1.0)) for n, each in self._compared().items()}
+        found = {n: float(each.nanmedian().nan_to_num(1.0, posinf=1.0)) for n, each in self._compared().items()}
         return float(np.interp(nfe, list(found), list(found.values())))
 
     def _budgets(self) -> list[int]:
@@ -158,8 +168,8 @@ class SensitivityProfile:
     def _compared(self) -> dict[int, Tensor]:
         """The ratios (S', T) by budget, of those whose reuses were compared with the truth, or that have none."""
         assert self.ratios is not None
-        pairs = zip(self._budgets(), self.ratios, strict=True)
-        return {n: each for n, each in pairs if n == each.shape[1] or not each.isnan().all()}
+        every = dict(zip(self._budgets(), self.ratios, strict=True))
+        return {n: each for n, each in every.items() if n == each.shape[1] or not each.isnan().all()} or every
 
     @property
     def direction(self) -> int:

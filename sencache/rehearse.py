@@ -76,10 +76,13 @@ def rehearse(
         full = integrate(field, x, ts, stepper)
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
-            end, ratio = _compared(cached, x, ts, stepper) if nfe in compared else _run(cached, x, ts, stepper)
+            try:
+                end, ratio = _compared(cached, x, ts, stepper) if nfe in compared else _run(cached, x, ts, stepper)
+            except FloatingPointError:  # so few evaluations lead nowhere
+                end, ratio = torch.full_like(full, torch.inf), _unknown(x, ts)
             error, plan = rms((end - full).double()) / rms(full.double()), cached.plan(ts, stepper)
             expected.append(plan.relative_error if plan.stable else torch.inf)
-            factors.append((error.cpu() / plan.relative_error).nan_to_num(nan=0.0))  # 0 of 0
+            factors.append(over(error.cpu(), plan.relative_error))
             ratios.append(ratio)
     facts["rehearsed"] = sampler_name(stepper, ts)
     known = {"budgets": torch.tensor(budgets), "expected": torch.tensor(expected, dtype=torch.float64)}
@@ -103,7 +106,16 @@ def usual_rehearsal(queries: int, networks: int = 1) -> tuple[list[int], set[int
 
 def _run(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:
     """`_compared`, without comparing."""
-    return cached.integrate(x, ts, stepper), torch.full((len(x), len(ts) - 1), torch.nan, dtype=torch.float64)
+    return cached.integrate(x, ts, stepper), _unknown(x, ts)
+
+
+def _unknown(x: Tensor, ts: Tensor) -> Tensor:
+    return torch.full((len(x), len(ts) - 1), torch.nan, dtype=torch.float64)
+
+
+def over(error: Tensor, expected: float) -> Tensor:
+    """The factors (S,) of errors and what was expected of them: 0 of no error, infinite where none was expected."""
+    return torch.where(error == 0, 0.0, error / expected).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _compared(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:

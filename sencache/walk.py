@@ -2,8 +2,9 @@
 
 When to evaluate, how to continue, and with what weights each gap is repaid are written down once, in a `Script`, and
 `CachedField.integrate` follows it without asking a `Run` at every query. The sample and the report are those of `Run`,
-`Planned` and `Repaying`, to the bit (`tests/test_walk.py`); what is saved is most of the time between evaluations. What
-the report needs is asked of the device once, at the end.
+`Planned` and `Repaying`, to the bit where norms are finite and the stepper asks at the grid's own times, and otherwise
+to rounding (`tests/test_walk.py`); what is saved is most of the time between evaluations. What the report needs is
+asked of the device once, at the end.
 
 Shapes: T queries of the grid, B samples.
 """
@@ -11,6 +12,7 @@ Shapes: T queries of the grid, B samples.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.batch import Array, apart, copy
+from sencache.batch import Array, apart, clock_of, copy
 from sencache.correct import Sums, due, observed, offset, paid, shares
 from sencache.criteria import Planned
 from sencache.norms import Norm
 from sencache.plan import Plan
 from sencache.report import Query, Report
 from sencache.reuse import REUSES, VARIABLES, continued
-from solvers import Stepper, VelocityField
+from solvers import Stepper, VelocityField, Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +41,17 @@ class Script:
     phi: Array  # (T,) of a reuse; 0 at evaluations
     offsets: Array  # (T, 3) what it adds to the moments of its gap
     nodes: Array  # (T, 3) s_k, s_r, s_2, of its gap or the one it closes; NaN where there is none
-    repays: list[list[Array | None]]  # (T,) the weights (1, 3) of its outputs in dx and history; none if none are owed
+    weights: list[list[Array | None]]  # (T,) of its outputs, (1, 3), in dx and each part of the history, as they repay
 
 
-def script(plan: Plan, stepper: Stepper, ts: Tensor) -> Script | None:
-    """What the plan has `stepper` do on ts (K + 1,); None where a time is asked for twice, of which plans know less."""
+def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | None:
+    """What the plan has `stepper` do on ts (K + 1,), and whether it `repays`.
+
+    None where times are asked for twice or in another order, of which a plan knows less.
+    """
     linear, ts, size = getattr(stepper, "linear", stepper), ts.cpu(), len(plan.times)
     steps = list(_queries(linear, ts))
-    if sum(asked for asked, _ in steps) != size:
+    if sum(asked for asked, _ in steps) != size or not (plan.times.diff() * plan.direction > 0).all():
         return None
     evaluated = np.isin(np.arange(size), plan.nodes.numpy())
     before = evaluated.cumsum() - evaluated
@@ -55,16 +60,16 @@ def script(plan: Plan, stepper: Stepper, ts: Tensor) -> Script | None:
     nodes = torch.stack([at[before + 2], at[before + 1], at[before]], 1)
     phi = np.where(evaluated, 0.0, REUSES[plan.reuse](s, nodes[:, 1], nodes[:, 2]).numpy())
     offsets = np.where(evaluated[:, None], 0.0, offset((s - nodes[:, 1]).numpy(), phi))
-    repays: list[list[Array | None]] = []
+    weights: list[list[Array | None]] = []
     sums: list[Sums] = []
     for (asked, alone), (t, t_next) in zip(steps, pairwise(ts), strict=True):
-        which = range(len(repays), len(repays) + asked)
+        which = range(len(weights), len(weights) + asked)
         terms, closes = [[torch.from_numpy(offsets[j, None]) for j in which]], evaluated[which, None]
-        ended, sums = due(linear, sums, terms, closes, alone, t, t_next) if plan.correct else ([[]] * asked, [])
+        ended, sums = due(linear, sums, terms, closes, alone, t, t_next) if repays else ([[]] * asked, [])
         for j, each in zip(which, ended, strict=True):
             owing = shares(each[0], nodes[j, None].numpy(), evaluated[j, None]) if each else []
-            repays.append([None if share is None or not share.any() else share for share in owing])
-    return Script(plan, evaluated, before, phi, offsets, nodes.numpy(), repays)
+            weights.append([None if share is None or not share.any() else share for share in owing])
+    return Script(plan, evaluated, before, phi, offsets, nodes.numpy(), weights)
 
 
 def _queries(linear: Stepper, ts: Tensor) -> Iterator[tuple[int, bool]]:
@@ -82,25 +87,48 @@ def _queries(linear: Stepper, ts: Tensor) -> Iterator[tuple[int, bool]]:
         yield asked - before, memory is None
 
 
+def is_constant(stepper: Stepper) -> bool:
+    """Whether it will always do as it does now, being a frozen dataclass."""
+    parameters = getattr(type(stepper), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
+
+
 class Walk:
     """A stepper that asks the field only where the script says so, and repays each gap when it ends: one trajectory."""
 
-    def __init__(self, stepper: Stepper, script: Script, norm: Norm):
-        self.stepper, self.script, self.norm = stepper, script, norm
-        self.order, self.adaptive, self.weights = stepper.order, stepper.adaptive, stepper.weights
-        self.times: list[float] = []  # of the queries so far
+    def __init__(self, field: VelocityField, stepper: Stepper, script: Script, norm: Norm):
+        self.bare, self.stepper, self.script, self.norm = field, stepper, script, norm
+        self.times: list[Array] = []  # (B,) of the queries so far
         self.outputs: tuple[Any, ...] = ()  # y_k, y_r, y_2, the last three evaluations
         self.apart: list[Tensor] = []  # of each, (2, B): the norms of y_k - y_r, and of y_k - y_2 where it ends a gap
 
+    @property
+    def order(self) -> float:
+        return self.stepper.order
+
+    @property
+    def adaptive(self) -> bool:
+        return self.stepper.adaptive
+
+    def weights(self, t: Tensor, t_next: Tensor) -> Weights:
+        return self.stepper.weights(t, t_next)
+
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        """The field itself, whose evaluations count as soon as they are paid for."""
+        y = self.bare(x, t)
+        self._note(x, t)
+        return y
+
     def advance(self, field: VelocityField, x: Tensor, t: Tensor, t_next: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        repaid = []
+        known, repaid = self.script, []
 
         def answer(x: Tensor, t: Tensor) -> Tensor:
             j = len(self.times)
-            y = self._evaluated(field(x, t), j) if self.script.evaluated[j] else self._continued(len(x), j)
-            self.times.append(float(t))
-            if self.script.repays[j]:
-                repaid.append((self.script.repays[j], self.outputs))
+            if j == len(known.evaluated):
+                raise ValueError(f"{self.stepper} asks for more outputs on this grid than the {j} that were planned.")
+            y = self._evaluated(field(x, t), j) if known.evaluated[j] else self._continued(x, t, j)
+            if known.weights[j]:
+                repaid.append((known.weights[j], self.outputs))
             return y
 
         dx, memory = self.stepper.advance(answer, x, t, t_next, memory)
@@ -111,37 +139,55 @@ class Walk:
 
     def _evaluated(self, y: Tensor, j: int) -> Tensor:
         kept = copy(y)
-        self.outputs = (kept, *self.outputs[:2]) if self.outputs else (kept, kept, kept)
+        self.outputs = (kept, *(part.to(kept.dtype) for part in self.outputs[:2])) if j else (kept, kept, kept)
         moved = apart(kept, self.outputs[1], self.norm)
+        if moved.shape != (len(y),):
+            raise ValueError(f"`norm` must give a number a sample, shape ({len(y)},); got {tuple(moved.shape)}.")
         across = moved if j == 0 or self.script.evaluated[j - 1] else apart(kept, self.outputs[2], self.norm)
         self.apart.append(torch.stack([moved, across]))
         return y
 
-    def _continued(self, batch: int, j: int) -> Tensor:
+    def _continued(self, x: Tensor, t: Tensor, j: int) -> Tensor:
+        self._note(x, t)
         last, before, _ = self.outputs
-        return continued(last, before, self.script.phi[j].repeat(batch))
+        y: Tensor = continued(last, before, self.script.phi[j].repeat(len(x)))
+        return y.to(x.dtype)
+
+    def _note(self, x: Tensor, t: Tensor) -> None:
+        self.times.append(clock_of(t, len(x))[:, 0])
 
     def tell(self, report: Report) -> None:
         """Enter the queries so far in the report."""
-        if not self.apart:
+        if not self.times:
             return
-        known, t = self.script, np.array(self.times)
-        n = len(t)
-        reused, which = ~known.evaluated[:n], known.before[:n]  # of each query, the evaluation that it waits for
-        moved, across = torch.stack(self.apart, 1).cpu().numpy()  # (N, B) each
-        moved[0] = np.inf
-        at = t[known.evaluated[:n]]
-        last = np.maximum(which - 1, 0)
-        predicted = np.full((n, moved.shape[1]), np.inf)
-        predicted[reused] = Planned(known.plan).changes(at[last], t, moved[last].T).T[reused]
-        found = np.full_like(predicted, np.nan)
+        known, t = self.script, np.array(self.times)  # (n, B)
+        reused, which = ~known.evaluated[: len(t)], known.before[: len(t)]  # of each, the evaluation that it waits for
+        norms = torch.stack(self.apart, 1).cpu().numpy() if self.apart else np.zeros((2, 0, t.shape[1]))
+        moved, across = norms  # (N, B) each
+        moved[:1] = np.inf
+        at, last = t[~reused, 0], which[reused] - 1
+        predicted, found = np.full(t.shape, np.inf), np.full(t.shape, np.nan)
+        predicted[reused] = Planned(known.plan).changes(at[last], t[reused, 0], moved[last].T).T
         seen = reused & (which < len(moved))
         k = which[seen]
-        norms = np.stack([moved[k], moved[k - 1], across[k]], -1)  # (R, B, 3)
-        found[seen] = observed(known.offsets[:n][seen, None], known.nodes[:n][seen, None], norms)
+        sides = np.stack([moved[k], moved[k - 1], across[k]], -1)  # (R, B, 3)
+        found[seen] = observed(known.offsets[: len(t)][seen, None], known.nodes[: len(t)][seen, None], sides)
 
-        change, later = torch.from_numpy(predicted), torch.from_numpy(found)
-        decided = torch.from_numpy(reused)[:, None].expand(later.shape).clone()
-        times, no = torch.from_numpy(t)[:, None].expand(later.shape).clone(), torch.zeros_like(decided[0])
-        for j in range(n):
+        times, change, later = (torch.from_numpy(each) for each in (t, predicted, found))
+        decided = torch.from_numpy(reused)[:, None].expand(times.shape).clone()
+        no = torch.zeros_like(decided[0])
+        for j in range(len(t)):
             report.add(Query(times[j], change[j], decided[j], no, ~decided[j], 0, later[j], change[j]), False)
+
+
+@contextmanager
+def walking(field: VelocityField, stepper: Stepper, script: Script, norm: Norm, report: Report) -> Iterator[Walk]:
+    """A walk that is told at its end, come what may."""
+    walk = Walk(field, stepper, script, norm)
+    try:
+        yield walk
+    except BaseException:
+        with suppress(Exception):  # what went wrong first is what is raised
+            walk.tell(report)
+        raise
+    walk.tell(report)

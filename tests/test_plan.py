@@ -780,7 +780,7 @@ def test_without_a_profile_nothing_can_be_planned(options):
 
 @pytest.mark.parametrize("options", [{"nfe": 5}, {"rtol": 0.1}], ids=["nfe", "rtol"])
 def test_without_a_gram_matrix_nothing_can_be_planned(options):
-    known = {"budgets": torch.tensor([3]), "factors": torch.ones(1, 4)}
+    known = {"budgets": torch.tensor([3]), "expected": torch.ones(1), "factors": torch.ones(1, 4)}
     profile = SensitivityProfile(TS, torch.ones(13), torch.ones(13), **known)
     with pytest.raises(ValueError, match=r"has no Gram matrix.*`calibrate`"):
         CachedField(free_field(), profile, **options).integrate(X, TS)
@@ -826,8 +826,8 @@ def test_a_plan_is_made_while_a_person_waits(steps, options, seconds):
     ones = torch.ones(steps)
     profile = SensitivityProfile(ts[:-1], ones, ones, gram=gram_of(outputs), size=torch.ones(SAMPLES), end=ts[-1])
     facts = {"rehearsed": sampler_name(Euler(), ts)}
-    profile = replace(profile, budgets=torch.tensor([steps]), factors=torch.ones(1, SAMPLES), facts=facts)
-    profile = replace(profile, expected=torch.zeros(1))
+    known = {"budgets": torch.tensor([steps]), "expected": torch.zeros(1), "factors": torch.ones(1, SAMPLES)}
+    profile = replace(profile, **known, facts=facts)
 
     def spent():
         begun = time.process_time()

@@ -8,6 +8,7 @@ from scipy.stats import binom, spearmanr
 
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
+from sencache.command.show import budgets_of
 from sencache.rehearse import usual_budgets, usual_rehearsal
 from solvers import Euler, Linear, grids, integrate
 
@@ -123,10 +124,10 @@ def test_of_plans_that_were_not_rehearsed_nothing_is_promised():
     assert [some.factor(n) for n in range(2, 11)] == [none, 5, none, none, 2, none, none, 4, none]
 
 
-def rehearsed(*factors, expected=1.0):
+def rehearsed(*factors, expected=1.0, budgets=None):
     """A profile of which only this is known: plans of 3, 6, 9, ... evaluations, and the factors of each."""
     some = SensitivityProfile(torch.tensor([1.0]), torch.ones(1), torch.ones(1))
-    budgets = 3 * torch.arange(1, len(factors) + 1)
+    budgets = torch.tensor(budgets or range(3, 3 * len(factors) + 1, 3))
     sizes = torch.full((len(factors),), expected, dtype=torch.float64)
     return replace(some, budgets=budgets, expected=sizes, factors=torch.as_tensor(factors))
 
@@ -149,8 +150,66 @@ def test_a_choice_among_many_plans_is_no_lucky_one():
 
 
 def test_a_rehearsal_of_before_is_asked_for_again(profile):
+    old = replace(profile, expected=None)
     with pytest.raises(ValueError, match=r"rehearsed by an earlier version.*rehearse again"):
-        CachedField(FIELD, replace(profile, expected=None), rtol=0.01).plan(TS)
+        CachedField(FIELD, old, rtol=0.01)
+    assert CachedField(FIELD, old, nfe=16).plan(TS).promised == CachedField(FIELD, profile, nfe=16).plan(TS).promised
+
+
+@pytest.mark.parametrize("name", ["expected", "factors"])
+def test_a_rehearsal_has_a_row_for_each_budget(profile, name):
+    with pytest.raises(ValueError, match=f"`{name}` of a rehearsal has a row for each of its `budgets`"):
+        replace(profile, **{name: getattr(profile, name)[:3]})
+
+
+def test_a_field_that_is_zero_is_promised_to_be_met():
+    zero, x = lambda x, t: 0 * x, noise(24, 3)
+    known = rehearse(zero, calibrate(zero, x[:8], TS, progress=False), x, TS)
+    assert CachedField(zero, known, rtol=1e-6).plan(TS).promised == 0
+    assert CachedField(zero, known, rtol=1e-6).integrate(x, TS).equal(x)
+    assert known.typical(7) == 1
+    assert known.bound(7) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_no_error_is_expected_of_most_samples_none_is_promised(seed):
+    """The half of the samples that stand still cannot answer for the others."""
+
+    def gate(x, t):
+        return torch.where(x[:, :1].abs() > 0.9, torch.tanh(3 * x) * torch.sin(20 * t), 0 * x)
+
+    x = torch.randn(469, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ts = grids.uniform(12, 0.97, 0.05)
+    known = rehearse(gate, calibrate(gate, x[:9], ts, progress=False), x[9:69], ts)
+    cached, full = CachedField(gate, known, rtol=1e-4), integrate(gate, x[69:], ts)
+    error = rms(cached.integrate(x[69:], ts) - full) / rms(full)
+    assert (error <= 1e-4).double().mean() > 0.9 - 4 * (0.09 / 400 + 0.09 / 62) ** 0.5
+
+
+def test_a_budget_under_which_runs_diverge_is_not_promised():
+    def steep(x, t):
+        return torch.exp(1.5 * x[:, :1]) * torch.cos(6 * t) + 0 * x
+
+    x = torch.randn(100, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ts = grids.uniform(12, 0.97, 0.05)
+    with torch.no_grad():
+        assert integrate(steep, x, ts).isfinite().all()
+    profile = calibrate(steep, x[:8], ts, progress=False)
+
+    def breaking(x, t):
+        return steep(x, t) if len(x) < 100 or CALLS.append(float(t)) or len(CALLS) <= 12 else steep(x, t) / 0
+
+    CALLS: list[float] = []
+    known = rehearse(breaking, profile, x, ts, budgets=(3, 6))
+    assert known.factor(3) == known.factor(6) == torch.inf
+    assert known.shortest(1e9) is None
+
+
+@pytest.mark.parametrize("budgets", [range(1, 11), range(4, 20), (3,)], ids=len)
+def test_show_has_at_most_nine_of_the_rehearsed_lengths_both_ends_among_them(budgets):
+    shown = budgets_of(rehearsed(*[[1.0]] * len(budgets), budgets=list(budgets)))
+    assert len(shown) == min(9, len(budgets))
+    assert (shown[0], shown[-1]) == (budgets[0], budgets[-1])
 
 
 def test_bounds_between_budgets_are_those_of_reuses_that_were_compared():

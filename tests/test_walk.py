@@ -17,8 +17,20 @@ from sencache.criteria import Planned
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES
 from sencache.run import Rule, Run
-from sencache.walk import Walk, script
-from solvers import BrownianPath, Cosine, DPMSolverPP, Euler, EulerMaruyama, Heun, Linear, UniPC, grids, integrate
+from sencache.walk import script, walking
+from solvers import (
+    BrownianPath,
+    Cosine,
+    DPMSolverPP,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Linear,
+    TorchDiffEq,
+    UniPC,
+    grids,
+    integrate,
+)
 from tests.flows import GaussianFlow, Nonlinear
 
 K, FIELD = 12, Nonlinear()
@@ -67,10 +79,9 @@ def same_report(one, other):
 
 def walked(field, plan, x, ts, stepper, norm=rms):
     """The end and the report of a plan that is walked."""
-    walk, report = Walk(stepper, script(plan, stepper, ts), norm), Report()
-    end = integrate(field, x, ts, walk)
-    walk.tell(report)
-    return end, report
+    report = Report()
+    with walking(field, stepper, script(stepper, plan, plan.correct, ts), norm, report) as walk:
+        return integrate(walk.field, x, ts, walk), report
 
 
 def decided(field, plan, x, ts, stepper, norm=rms):
@@ -183,7 +194,7 @@ def test_gradients_are_still_recorded(profile):
 
 def test_methods_that_ask_twice_at_one_time_have_no_script(profile):
     plan = CachedField(FIELD, profile, nfe=5).plan(TS, Heun())
-    assert script(plan, Heun(), TS) is None
+    assert script(Heun(), plan, True, TS) is None
     end = CachedField(FIELD, profile, nfe=5).integrate(X, TS, Heun())
     assert end.isfinite().all()
 
@@ -205,6 +216,136 @@ def test_grids_of_the_same_times_in_other_precision_have_scripts_of_their_own(pr
     cached.integrate(X, half.double())
     end = cached.integrate(X, half)
     assert torch.equal(end, CachedField(FIELD, profile, nfe=5).integrate(X, half))
+
+
+class Plain:
+    """Euler's method as somebody writes it who needs no dataclass."""
+
+    order, adaptive = 1, False
+
+    def weights(self, t, t_next):
+        return Euler().weights(t, t_next)
+
+    def advance(self, field, x, t, t_next, memory):
+        return (t_next - t) * field(x, t), None
+
+
+class PerSample(Plain):
+    def advance(self, field, x, t, t_next, memory):
+        return (t_next - t) * field(x, t.expand(len(x))), None
+
+
+class Widening(Plain):
+    def advance(self, field, x, t, t_next, memory):
+        return (t_next - t) * field(x, t).double(), None
+
+
+class Leaning(Plain):
+    """A method of two outputs that can be changed after it was made."""
+
+    lean = 0.5
+
+    def advance(self, field, x, t, t_next, memory):
+        y = field(x, t)
+        return (t_next - t) * (y if memory is None else (1 + self.lean) * y - self.lean * memory), y
+
+
+class Backward(Plain):
+    """Asks late before early."""
+
+    def advance(self, field, x, t, t_next, memory):
+        h = t_next - t
+        return h / 2 * (field(x, t + 0.75 * h) + field(x, t + 0.25 * h)), None
+
+
+class Remembering(Plain):
+    """Keeps the lengths of its last steps in a tensor beside its outputs."""
+
+    def advance(self, field, x, t, t_next, memory):
+        y, h = field(x, t), t_next - t
+        steps = h.repeat(4) if memory is None else torch.cat([h[None], memory[1][:3]])
+        return h * (y if memory is None else 1.2 * y - 0.2 * memory[0]), (y, steps)
+
+
+class Hungry(Plain):
+    """Asks twice where there are several samples."""
+
+    def advance(self, field, x, t, t_next, memory):
+        return (t_next - t) * (field(x, t) if len(x) == 1 else field(x, t) / 2 + field(x, (t + t_next) / 2) / 2), None
+
+
+def follows(cached, stepper, x=X):
+    """The ends of `integrate` and of a run that decides at every query."""
+    end = cached.integrate(x, TS, stepper)
+    with cached.following(TS, stepper) as (run, repaying):
+        return end, integrate(run, x, TS, repaying)
+
+
+@pytest.mark.parametrize("stepper", [Plain(), PerSample(), Leaning(), Remembering()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("payload", ["output", "difference"])
+def test_steppers_of_ones_own_are_carried_out_too(profile, stepper, payload):
+    assert torch.equal(*follows(CachedField(FIELD, profile, nfe=5, payload=payload), stepper))
+
+
+def test_a_state_that_gains_precision_on_the_way_is_sampled(profile):
+    cached = CachedField(FIELD, profile, nfe=5)
+    end = cached.integrate(X.float(), TS, Widening())
+    assert end.dtype == torch.float64
+    torch.testing.assert_close(end, cached.integrate(X, TS, Widening()), rtol=0, atol=1e-5)
+
+
+def test_a_stepper_that_was_changed_is_carried_out_as_it_is_now(profile):
+    stepper, cached = Leaning(), CachedField(FIELD, profile, nfe=5)
+    cached.integrate(X, TS, stepper)
+    stepper.lean = -0.9
+    assert torch.equal(*follows(cached, stepper))
+    cached.correct = False
+    assert torch.equal(*follows(cached, stepper))
+
+
+def test_plans_that_were_changed_are_carried_out_as_they_are_now(profile):
+    cached, other = CachedField(FIELD, profile, nfe=5), CachedField(FIELD, profile, nfe=7)
+    cached.integrate(X, TS)
+    other.plan(TS)
+    cached._plans = other._plans
+    cached.integrate(X, TS)
+    assert cached.report.evaluations.tolist() == [7] * 3
+
+
+def test_steppers_that_ask_in_another_order_than_time_has_are_still_refused(profile):
+    with pytest.raises(ValueError, match=r"measured with t falling, and here t is rising"):
+        CachedField(FIELD, profile, nfe=8).integrate(X, TS, Backward())
+
+
+def test_a_stepper_that_asks_for_more_than_was_planned_is_told(profile):
+    with pytest.raises(ValueError, match=f"asks for more outputs on this grid than the {K} that were planned"):
+        CachedField(FIELD, profile, nfe=5).integrate(X, TS, Hungry())
+
+
+def test_adaptive_steppers_are_refused_in_words(profile):
+    for use in ("integrate", "plan"):
+        cached = CachedField(FIELD, profile, nfe=5)
+        with pytest.raises(ValueError, match="chooses its steps by comparing outputs"):
+            cached.integrate(X, TS, TorchDiffEq()) if use == "integrate" else cached.plan(TS, TorchDiffEq())
+
+
+def test_what_was_paid_for_an_output_that_is_refused_is_in_the_report(profile):
+    field = Counted()
+    cached = CachedField(lambda x, t: field(x, t) / (field.calls != 3), profile, nfe=6)
+    with pytest.raises(FloatingPointError, match="NaN or infinity at t"):
+        cached.integrate(X, TS)
+    assert cached.report.evaluations.tolist() == [3] * 3
+    cached.field = lambda x, t: FIELD(x, t).float()
+    with pytest.raises(TypeError, match="must return a velocity like x"):
+        cached.integrate(X, TS)
+    assert cached.report.evaluations.tolist() == [1] * 3
+
+
+def test_a_norm_of_another_shape_is_refused_at_the_first_output(profile):
+    field = Counted()
+    with pytest.raises(ValueError, match=r"`norm` must give a number a sample, shape \(3,\); got \(\)"):
+        CachedField(field, profile, nfe=5, norm=lambda x: x.norm()).integrate(X, TS)
+    assert field.calls == 1
 
 
 def test_most_of_the_work_between_evaluations_is_left_out(profile):

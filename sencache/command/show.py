@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
 def budgets_of(profile: SensitivityProfile) -> list[int]:
     """Up to nine of the rehearsed budgets, or from 1/10 to 9/10 of all times."""
     if profile.budgets is not None:
-        known = profile.budgets.tolist()
-        return known[:: -(-len(known) // 9)]
+        at = np.linspace(0, len(profile.budgets) - 1, min(9, len(profile.budgets))).round()
+        return profile.budgets[at.astype(int)].tolist()
     return usual_budgets(len(profile.t), len(profile.facts.get("crossings", [])) + 1)  # networks that take turns
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sencache.norms import rms
 from sencache.profile import SensitivityProfile
-from sencache.rehearse import usual_budgets
+from sencache.rehearse import over, usual_budgets
 
 if TYPE_CHECKING:
     from sencache.plugins.diffusers.handle import Handle
@@ -41,7 +41,7 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
                 plan = handle.plan
                 assert plan is not None
                 sizes[nfe] = plan.relative_error if plan.stable else torch.inf
-                errors.append((error.cpu() / plan.relative_error).nan_to_num(nan=0.0))  # 0 of 0
+                errors.append(over(error.cpu(), plan.relative_error))
             factors.append(torch.stack(errors))
     finally:
         handle.options = wanted
