@@ -173,7 +173,7 @@ def draw() -> None:
     axes[0].set_xticks(range(len(places)), [f"{TITLES[field]}, {wanted} of 50" for field, wanted in places])
     axes[0].set_ylabel("PSNR to all 50 evaluations (dB)")
     axes[0].set_title("Table 1")
-    axes[0].legend(fontsize=9, ncols=2, loc="center", bbox_to_anchor=(0.5, 0.62))
+    axes[0].legend(fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     for axis, rows, name, title in (
         (axes[1], two, "n", "Table 2: SenCache on Wan"),
         (axes[2], three, "the paper's", "Table 3: n = 3"),
@@ -189,7 +189,7 @@ def draw() -> None:
             place: dict[str, Any] = {"xytext": (-8, 5), "ha": "right"} if crowded else {"xytext": (8, -12)}
             axis.annotate(text, (x, y), textcoords="offset points", fontsize=9, **place)
         axis.set_xlabel("evaluations of 50")
-        axis.margins(x=0.2)
+        axis.margins(x=0.3)
         axis.set_title(title)
     save(figure, "Tables 1 to 3 of the paper, on the fields of video: mean ± 2 SE", "paper_tables")
 

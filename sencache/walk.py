@@ -3,8 +3,8 @@
 When to evaluate, how to continue, and with what weights each gap is repaid are written down once, in a `Script`, and
 `CachedField.integrate` follows it without asking a `Run` at every query. The sample and the report are those of `Run`,
 `Planned` and `Repaying`, to the bit where norms are finite and the stepper asks at the grid's own times, and otherwise
-to rounding (`tests/test_walk.py`); what is saved is most of the time between evaluations. What the report needs is
-asked of the device once, at the end.
+to rounding (`tests/test_walk.py`); what is saved is half of the time between evaluations or more. What the report
+needs is asked of the device once, at the end.
 
 Shapes: T queries of the grid, B samples.
 """

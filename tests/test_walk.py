@@ -348,7 +348,7 @@ def test_a_norm_of_another_shape_is_refused_at_the_first_output(profile):
     assert field.calls == 1
 
 
-def test_most_of_the_work_between_evaluations_is_left_out(profile):
+def test_two_thirds_of_the_calls_between_evaluations_are_left_out(profile):
     def calls(run):
         found = [0]
 
