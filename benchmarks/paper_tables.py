@@ -189,7 +189,7 @@ def draw() -> None:
             place: dict[str, Any] = {"xytext": (-8, 5), "ha": "right"} if crowded else {"xytext": (8, -12)}
             axis.annotate(text, (x, y), textcoords="offset points", fontsize=9, **place)
         axis.set_xlabel("evaluations of 50")
-        axis.margins(x=0.3)
+        axis.margins(x=0.45)
         axis.set_title(title)
     save(figure, "Tables 1 to 3 of the paper, on the fields of video: mean ± 2 SE", "paper_tables")
 

@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.interpolate import make_interp_spline
-from scipy.special import betainc
 from torch import Tensor, nn
+
+from sencache.conformal import quantile, tolerance_limit
 
 FORMAT = "sencache profile 1"
 OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "expected", "factors", "ratios")
@@ -116,7 +117,7 @@ class SensitivityProfile:
         if self.budgets is None or self.factors is None:
             raise ValueError("`rtol` needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
         known = dict(zip(self._budgets(), self.factors, strict=True))
-        return _tolerance_limit(known[nfe], share) if nfe in known else math.inf
+        return tolerance_limit(known[nfe], share) if nfe in known else math.inf
 
     def shortest(self, rtol: float) -> int | None:
         """The evaluations of the shortest rehearsed plan that keeps `rtol`; None if none is known to.
@@ -148,7 +149,7 @@ class SensitivityProfile:
         if self.ratios is None:
             raise ValueError("This needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")
         known = {n: each[:, ~each.isnan().any(0)] for n, each in self._compared().items()}  # (S', reuses)
-        limit = _tolerance_limit if whole else _quantile
+        limit = tolerance_limit if whole else quantile
         groups = {n: each.amax(1) if whole and each.shape[1] else each.flatten() for n, each in known.items()}
         found = {n: limit(group / self.typical(n), share) for n, group in groups.items()}
         if whole or not min(found) <= nfe <= max(found):
@@ -273,24 +274,6 @@ def _around(nfe: int, values: Mapping[int, float]) -> float:
     """The larger of the values, by rising budget, of those on both sides of `nfe`."""
     below, above = ([value for n, value in values.items() if side(n, nfe)] for side in (le, ge))
     return max(below[-1], above[0]) if below and above else math.inf
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """The conformal quantile, which a further exchangeable value keeps with probability `share`, or the largest."""
-    k = min(len(values), math.ceil(share * (len(values) + 1)))
-    return float(values.kthvalue(k).values) if k else 0.0
-
-
-def _tolerance_limit(values: Tensor, share: float) -> float:
-    """What a `share` of further values keeps, in nine of ten rehearsals (Wilks 1941), or the largest value.
-
-    The k-th smallest of n covers a share that is distributed as Beta(k, n + 1 - k), whatever the values are.
-    """
-    n = len(values)
-    if not n:
-        return 0.0
-    k = next((k for k in range(1, n) if betainc(k, n + 1 - k, share) <= 0.1), n)
-    return float(values.kthvalue(k).values)
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor], *options: object) -> str:

@@ -45,7 +45,7 @@ class Script:
 
 
 def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | None:
-    """What the plan has `stepper` do on ts (K + 1,), and whether it `repays`.
+    """What the plan has `stepper` do on ts (K + 1,), where what a gap owed is repaid or not.
 
     None where times are asked for twice or in another order, of which a plan knows less.
     """
