@@ -66,12 +66,13 @@ class _Expected:
         # The bare plan: with the profile alone, whatever field it is of.
         plan = CachedField(lambda x, t: x, profile, reuse=reuse).plan(ts, case.stepper)
         times, gain = influence(case.stepper, ts)
+        gram = profile.gram_at(times).numpy()
         self.variable = VARIABLES[plan.variable]
-        self.problem = Problem(times, gain, profile.gram_at(times), reuse, plan.variable, plan.correct)
+        self.problem = Problem(times.numpy(), gain.numpy(), gram, reuse, plan.variable, plan.correct)
 
     def at(self, before: int, r: int, j: int) -> tuple[Tensor, Tensor]:
         """The expected error of a reuse at j, and the expected difference of the outputs at `before` and r."""
-        plan = expectation(self.problem, torch.tensor([before, r]), torch.tensor(1.0))
+        plan = expectation(self.problem, np.array([before, r]), 1.0)
         return plan.change[j], plan.difference[j]
 
 
@@ -84,14 +85,14 @@ def _change(
     difference, elapsed = rms(y_r - y_2).double().cpu(), (ts[j] - ts[r]).abs()
     alpha_x, alpha_t = profile.lookup(ts[r : r + 1])
     latent, time = alpha_x * rms(recording.x[j] - recording.x[r]).double().cpu(), alpha_t * elapsed  # Eq. 9
-    s = plans["linear"].variable(ts[[j, r, before]])
-    phi = linear(*s.expand(len(y_r), 3).unbind(1))
+    s = plans["linear"].variable(ts[[j, r, before]].numpy())
+    phi = linear(*s[:, None].repeat(len(y_r), 1))
 
     def planned(reuse: str) -> Tensor:  # as `Planned` does
         change, expected = plans[reuse].at(before, r, j)
         return change * (difference / expected).sqrt()
 
-    true = {"hold": rms(y_j - y_r), "linear": rms(y_j - continued(y_r, y_2, phi.numpy()))}
+    true = {"hold": rms(y_j - y_r), "linear": rms(y_j - continued(y_r, y_2, phi))}
     predicted = {
         "time term": time.expand_as(difference),
         "latent term": latent,

@@ -90,7 +90,8 @@ class Differences:
     direction: int = 0
 
     def predicted(self, seen: Look) -> Tensor:
-        s, s_ref, s_before = (self.variable(t) for t in (seen.t, seen.t_ref, seen.t_before))
+        times = (seen.t, seen.t_ref, seen.t_before)
+        s, s_ref, s_before = (torch.from_numpy(self.variable(t.numpy())) for t in times)
         elapsed, span = (s - s_ref).abs(), (s_ref - s_before).abs()
         known = seen.difference.isfinite() & (elapsed <= (REACH + 1e-3) * span)
         return torch.where(known, elapsed * seen.difference / span, torch.inf)

@@ -9,6 +9,7 @@ Shapes: T query times; S calibration samples.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sencache.profile import SensitivityProfile
 from sencache.schedule import quadratic
-from solvers import Stepper, integrate
+from solvers import Stepper
 
 
 def discretisation(profile: SensitivityProfile, ts: Tensor, stepper: Stepper, times: Tensor, gain: Tensor) -> float:
@@ -28,14 +29,12 @@ def discretisation(profile: SensitivityProfile, ts: Tensor, stepper: Stepper, ti
     local errors in which what becomes of them on the way is left out. Known of steppers of the first order that add
     nothing but outputs to the state, without noise: Euler's, and DDIM's on the linear path.
     """
-    one = torch.ones(1, 1, dtype=torch.float64)
     if profile.size is None or len(times) < 3 or stepper.order != 1 or hasattr(stepper, "noise"):
         return math.nan
-    if not torch.allclose(integrate(lambda x, t: 0 * x, one, ts.double().cpu(), stepper), one):
+    if not all(math.isclose(stepper.weights(*step).state, 1) for step in pairwise(ts.double().cpu())):
         return math.nan  # it shrinks or stretches the state, of which the Gram matrix knows nothing
     order = times.argsort()
     line = make_interp_spline(times[order].numpy(), np.eye(len(times)), k=1)
-    weights = torch.from_numpy(line.integrate(float(ts[0]), float(ts[-1])))[order.argsort()]
-    off = (gain - weights)[None]
-    error = torch.cat([quadratic(off, gram) for gram in profile.gram_at(times)]).sqrt()
-    return float(error.median() / profile.size.median())
+    weights = line.integrate(float(ts[0]), float(ts[-1]))[order.argsort().numpy()]
+    error = quadratic((gain.numpy() - weights)[None], profile.gram_at(times).numpy())
+    return float(torch.from_numpy(error).sqrt().median() / profile.size.median())

@@ -9,12 +9,11 @@ Shapes: T query times of the grid; S calibration samples; C schedules of N evalu
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from sencache.batch import Array
 from sencache.schedule import DAMPED, Problem, integrated
 
 
@@ -24,10 +23,10 @@ class Gaps(NamedTuple):
     As weights of outputs, and as vectors in a space of d dimensions, in which outputs have the Gram matrix measured.
     """
 
-    left: Tensor  # (C, N, T)
-    owed: Tensor  # (C, N, T)
-    left_there: Tensor  # (C, N, S, d)
-    owed_there: Tensor  # (C, N, S, d)
+    left: Array  # (C, N, T)
+    owed: Array  # (C, N, T)
+    left_there: Array  # (C, N, S, d)
+    owed_there: Array  # (C, N, S, d)
 
 
 class Errors:
@@ -38,45 +37,46 @@ class Errors:
     """
 
     def __init__(self, problem: Problem):
-        values, vectors = torch.linalg.eigh(problem.gram)
-        self.outputs = vectors * values.clamp(min=0).sqrt()[:, None]  # (S, T, d)
-        self.problem, self.unrepaid = problem, replace(problem, correct=False)
-        self.scale = torch.stack([integrated(problem, gram) for gram in problem.gram])
+        values, vectors = np.linalg.eigh(problem.gram)
+        self.outputs = np.swapaxes(vectors * np.sqrt(np.maximum(values, 0))[:, None], 0, 1)  # (T, S, d)
+        self.problem, self.size = problem, len(problem.times)
+        self.scale = np.array([integrated(problem, gram) for gram in problem.gram])
         self.beyond, self.undamped = problem.instability(), problem.instability(DAMPED)
 
-    def of(self, nodes: Tensor) -> Tensor:
+    def of(self, nodes: Array) -> Array:
         """The squared error (S,) of the schedule `nodes` (N,)."""
         return self._squares(nodes[None], self._gaps(nodes[None]))[0]
 
-    def _squares(self, nodes: Tensor, gaps: Gaps) -> Tensor:
+    def _squares(self, nodes: Array, gaps: Gaps) -> Array:
         """The squared errors (C, S) of schedules (C, N) and their gaps."""
         left = gaps.left_there.cumsum(1)
-        wrong = (left - gaps.left_there + gaps.owed_there).square().sum(-1)  # (C, N, S), of the state where a gap ends
+        wrong = _squared(left - gaps.left_there + gaps.owed_there)  # (C, N, S), of the state where a gap ends
         heard = self._heard(nodes, gaps)
-        again = heard[:, :-1, 1:].tril(-1).clamp(max=1) @ wrong[:, :-1]  # in a stable run nothing grows
+        again = np.minimum(np.tril(heard[:, :-1, 1:], -1), 1) @ wrong[:, :-1]  # in a stable run nothing grows
         echoes = (heard[:, -1, 1:, None] * (wrong[:, :-1] + again)).sum(1)
-        return left[:, -1].square().sum(-1) + echoes + self.instability(nodes)[:, None] * self.scale
+        return np.asarray(_squared(left[:, -1]) + echoes + self.instability(nodes)[:, None] * self.scale)
 
-    def _heard(self, nodes: Tensor, gaps: Gaps) -> Tensor:
+    def _heard(self, nodes: Array, gaps: Gaps) -> Array:
         """What the square of a state's error at evaluation i is worth in it at the end of gap k, (C, N, N) by k and i.
 
         ||J_x|| there times what the output has come to weigh by then, in its own step, in outputs continued from it and
         interpolated to it, and in what it repaid: gain less what is left of it. All squared.
         """
-        assert self.problem.alpha_x is not None
-        left, end = gaps.left.cumsum(1), self._around(nodes)[1]
-        taken = torch.arange(len(self.problem.times)) < end[..., None]
-        still = torch.cat([(left - gaps.left + gaps.owed)[:, :-1], left[:, -1:]], 1)  # in the end, with nothing repaid
-        used = self.problem.alpha_x * (self.problem.gain * taken - still)
-        return used.gather(2, nodes[:, None].expand(-1, nodes.shape[1], -1)).square()
+        own, owed = (np.take_along_axis(each, nodes[:, None], 2) for each in (gaps.left, gaps.owed))  # by k and i
+        left = own.cumsum(1)
+        still = left - own + owed  # in the end, with nothing repaid
+        still[:, -1] = left[:, -1]
+        taken = nodes[:, None] < self._around(nodes)[1][..., None]
+        weighs = self.problem.gain[nodes][:, None] * taken - still
+        return np.asarray((self.problem.alpha_x[nodes][:, None] * weighs) ** 2)
 
-    def rank(self, nodes: Tensor) -> tuple[bool, float, float]:
+    def rank(self, nodes: Array) -> tuple[bool, float, float]:
         """What to prefer among schedules, the least: whether errors can grow, how far, and what is expected of them."""
         growth = self.growth(nodes)
         grows = bool(self.instability(nodes[None])) or growth > 1 + 1e-9
-        return grows, growth, float(self._typical(nodes[None], self._gaps(nodes[None])))
+        return grows, growth, float(self._typical(nodes[None], self._gaps(nodes[None]))[0])
 
-    def growth(self, nodes: Tensor) -> float:
+    def growth(self, nodes: Array) -> float:
         """How many times larger than it was an error can be in the end, 1 or more, on the test equation.
 
         That is dx/dt = -||J_x|| x (Dahlquist 1963), run by Euler's method as the schedule `nodes` (N,) would run it,
@@ -84,27 +84,27 @@ class Errors:
         of that in a run without reuses.
         """
         problem, gaps = self.problem, self._gaps(nodes[None])
-        assert problem.alpha_x is not None
-        decay = -problem.alpha_x * problem.gain.sum().sign()
+        decay = -problem.alpha_x * np.sign(problem.gain.sum())
         kept = 1 + decay * problem.gain  # of an error, by a step of the full run
-        x, y = decay.new_zeros(len(nodes)), decay.new_zeros(len(decay), len(nodes))
-        due = torch.zeros_like(decay)
-        for i, (r, left, owed) in enumerate(zip(nodes.tolist(), gaps.left[0], gaps.owed[0], strict=True)):
-            x[i] = 1
-            y[r] = decay[r] * x
-            x = x + due @ y + problem.gain[r] * y[r] - owed @ y  # the gap before is repaid, this one walked on reuses
-            due = owed - left
-        bare = kept.flip(0).cumprod(0).flip(0)[nodes].abs().clamp(min=1)
-        return max([1.0, *(x.abs() / bare).nan_to_num(nan=torch.inf)[:-1].tolist()])
+        x, y, due = np.zeros(len(nodes)), np.zeros((self.size, len(nodes))), np.zeros(self.size)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for i, (r, left, owed) in enumerate(zip(nodes.tolist(), gaps.left[0], gaps.owed[0], strict=True)):
+                x[i] = 1
+                y[r] = decay[r] * x
+                x = x + problem.gain[r] * y[r] + (due - owed) @ y  # the gap before is repaid, this one walked on reuses
+                due = owed - left
+            bare = np.maximum(abs(kept[::-1].cumprod()[::-1][nodes]), 1)
+            grown = abs(x) / bare
+        return max([1.0, *np.where(np.isnan(grown), np.inf, grown)[:-1].tolist()])
 
-    def instability(self, nodes: Tensor) -> Tensor:
-        """How far the gaps of schedules go beyond `STABLE`, (C,); 0 if none does."""
+    def instability(self, nodes: Array) -> Array:
+        """How far the gaps of schedules (C, N) go beyond `STABLE`, (C,); 0 if none does."""
         return self._summed(self.beyond, nodes)
 
-    def _summed(self, gaps: Tensor, nodes: Tensor) -> Tensor:
-        return gaps[nodes, self._around(nodes)[1]].sum(1)
+    def _summed(self, gaps: Array, nodes: Array) -> Array:
+        return np.asarray(gaps[nodes, self._around(nodes)[1]].sum(1))
 
-    def polished(self, path: Tensor) -> Tensor:
+    def polished(self, path: Array) -> Array:
         """Of schedules like `path` (N,), one in which no evaluation had better be elsewhere between its neighbours.
 
         By the geometric mean over the samples. Gaps go no further beyond what repaid lines are damped in, all together,
@@ -119,47 +119,52 @@ class Errors:
             for i in range(1, len(nodes)):
                 tried, theirs = self._moves(nodes, i, gaps)
                 errors = self._typical(tried, theirs)
-                errors[self._summed(self.undamped, tried) > self._summed(self.undamped, nodes[None])] = torch.inf
+                errors[self._summed(self.undamped, tried) > self._summed(self.undamped, nodes[None])] = np.inf
                 settled += 1  # in a row
                 if len(tried) and errors.min() < least - 1e-6:
                     best, least, settled = errors.argmin(), errors.min(), 0
                     nodes, gaps = tried[best], Gaps(*(part[best, None] for part in theirs))
         return min(nodes, path, key=self.rank)
 
-    def _typical(self, nodes: Tensor, gaps: Gaps) -> Tensor:
+    def _typical(self, nodes: Array, gaps: Gaps) -> Array:
         """The mean logarithm (C,) of the squared errors of schedules, of those above rounding."""
-        return self._squares(nodes, gaps).clamp(min=1e-16 * float(self.scale.mean())).log().mean(1)
+        least = max(1e-16 * self.scale.mean(), np.finfo(float).tiny)
+        return np.asarray(np.log(np.maximum(self._squares(nodes, gaps), least)).mean(1))
 
-    def _moves(self, nodes: Tensor, i: int, gaps: Gaps) -> tuple[Tensor, Gaps]:
+    def _moves(self, nodes: Array, i: int, gaps: Gaps) -> tuple[Array, Gaps]:
         """The schedules (C, N) in which evaluation i is elsewhere between its neighbours, and their gaps.
 
         Of `gaps`, those of `nodes` (N,), three change: the one it ends, the one it begins, and the one after that.
         """
-        part, size = self.problem.part, len(self.problem.times)
-        assert part is not None
-        last = int(nodes[i + 1]) if i + 1 < len(nodes) else size
-        free = torch.tensor([j for j in range(int(nodes[i - 1]) + 1, last) if j != nodes[i]], dtype=torch.int64)
+        part = self.problem.part
+        last = int(nodes[i + 1]) if i + 1 < len(nodes) else self.size
+        free = np.array([j for j in range(int(nodes[i - 1]) + 1, last) if j != nodes[i]], dtype=np.int64)
         if part[nodes[i]] != part[nodes[i] - 1]:  # another network's first
             free = free[:0]
-        tried = nodes.repeat(len(free), 1)
+        tried = nodes[None].repeat(len(free), 0)
         tried[:, i] = free
         changed = slice(i - 1, i + 2)
-        new = self._gaps(tried, changed)
-        whole = [old.repeat(len(free), *[1] * (old.ndim - 1)) for old in gaps]
-        for every, some in zip(whole, new, strict=True):
+        whole = Gaps(*(old.repeat(len(free), 0) for old in gaps))
+        for every, some in zip(whole, self._gaps(tried, changed), strict=True):
             every[:, changed] = some
-        return tried, Gaps(*whole)
+        return tried, whole
 
-    def _gaps(self, nodes: Tensor, which: slice = slice(None)) -> Gaps:
+    def _gaps(self, nodes: Array, which: slice = slice(None)) -> Gaps:
         """The gaps `which`, a range of the N that schedules (C, N) have."""
         before, end = self._around(nodes)
-        ends = [each[:, which].flatten() for each in (before, nodes, end)]
         count = nodes[:, which].shape
-        left, owed = (problem.residual(*ends) for problem in (self.problem, self.unrepaid))
-        vectors = [torch.einsum("nt,std->nsd", weights, self.outputs) for weights in (left, owed)]
-        return Gaps(*(each.unflatten(0, count) for each in (left, owed, *vectors)))
+        weights = self.problem.residuals(*(each[:, which].ravel() for each in (before, nodes, end)))
+        flat, there = self.outputs.reshape(self.size, -1), self.outputs.shape[1:]
+        vectors = [(each @ flat).reshape(*count, *there) for each in weights]
+        return Gaps(*(each.reshape(*count, self.size) for each in weights), *vectors)
 
-    def _around(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    def _around(self, nodes: Array) -> tuple[Array, Array]:
         """The evaluation before each one, (C, N), and the one after it: -1 and T where there is none."""
-        aside = nodes.new_full((len(nodes), 1), -1)
-        return torch.cat([aside, nodes[:, :-1]], 1), torch.cat([nodes[:, 1:], 0 * aside + len(self.problem.times)], 1)
+        row = np.empty((len(nodes), nodes.shape[1] + 2), dtype=np.int64)
+        row[:, 0], row[:, 1:-1], row[:, -1] = -1, nodes, self.size
+        return row[:, :-2], row[:, 2:]
+
+
+def _squared(vectors: Array) -> Array:
+    """The squared lengths (...) of vectors (..., d)."""
+    return np.asarray(np.einsum("...d,...d->...", vectors, vectors))

@@ -17,6 +17,7 @@ Shapes: T query times of the grid; S calibration samples; gram (S, T, T); N eval
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -31,7 +32,7 @@ from sencache.expected import Errors
 from sencache.linear import check_linear
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
-from sencache.reuse import REUSES, VARIABLES
+from sencache.reuse import VARIABLES
 from sencache.schedule import HEARD, Problem, quadratic, schedules
 from solvers import Stepper, VelocityField
 
@@ -95,20 +96,24 @@ def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
     A stepper is linear in the outputs it is given, so it is run on outputs that are unit vectors. Several queries at
     one time count as one output. Raises ValueError for a stepper that is not linear.
     """
+    return _influence(stepper, ts)[:2]
+
+
+def charges(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
+    """The query times (T,) and what each query there is charged, (T,): `influence`, shared by those at one time."""
+    times, gain, counts = _influence(stepper, ts)
+    return times, gain / counts
+
+
+def _influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`influence`, and how many queries there are at each time, (T,)."""
     check_linear(stepper, ts)
     linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
     times = list(dict.fromkeys(asked))
     unit = torch.eye(len(times), dtype=torch.float64)
     answers = iter([unit[times.index(t)] for t in asked])
     end = _linear_end(linear, lambda x, t: next(answers).expand_as(x), ts, len(times))
-    return torch.tensor(times, dtype=torch.float64), end[0]
-
-
-def charges(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
-    """The query times (T,) and what each query there is charged, (T,): `influence`, shared by those at one time."""
-    times, gain = influence(stepper, ts)
-    asked = torch.tensor(_asked(stepper, ts), dtype=torch.float64)
-    return times, gain / (asked == times[:, None]).sum(1)
+    return torch.tensor(times, dtype=torch.float64), end[0], torch.tensor([asked.count(t) for t in times])
 
 
 def _asked(stepper: Stepper, ts: Tensor) -> list[float]:
@@ -131,35 +136,34 @@ def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int
     return x
 
 
-def expectation(problem: Problem, nodes: Tensor, size: Tensor, errors: Errors | None = None) -> Plan:
+def expectation(problem: Problem, nodes: Array, size: float, errors: Errors | None = None) -> Plan:
     """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
     errors = errors or Errors(problem)
-    error, stable = errors.of(nodes).sqrt(), not errors.rank(nodes)[0]
-    kind = problem.reuse, problem.variable, problem.correct
-    return Plan(problem.times, nodes, *kind, *_changes(problem, nodes), error, float(error.median() / size), stable)
+    error, stable = torch.from_numpy(np.sqrt(errors.of(nodes))), not errors.rank(nodes)[0]
+    known = torch.from_numpy(problem.times), torch.from_numpy(nodes), problem.reuse, problem.variable, problem.correct
+    return Plan(*known, *_changes(problem, nodes), error, float(error.median() / size), stable)
 
 
-def _changes(problem: Problem, nodes: Tensor) -> tuple[Tensor, Tensor]:
+def _changes(problem: Problem, nodes: Array) -> tuple[Tensor, Tensor]:
     """The expected RMS error (T,) of each reused output, and RMS difference (T,) of the two evaluations before it.
 
     Medians over the calibration samples, as a prediction of one should be.
     """
-    s, j = VARIABLES[problem.variable](problem.times), torch.arange(len(problem.times))
-    which = torch.searchsorted(nodes, j, right=True) - 1
-    ref, before = nodes[which], torch.where(which > 0, nodes[(which - 1).clamp(min=0)], -1)
-    known = (before >= 0) & problem.together(before, ref)
-    phi = REUSES[problem.reuse](s, s[ref], torch.where(known, s[before], torch.nan))
-    error, apart = torch.zeros(2, len(j), len(j), dtype=torch.float64)
+    s, j = VARIABLES[problem.variable](problem.times), np.arange(len(problem.times))
+    which = nodes.searchsorted(j, "right") - 1
+    ref, before = nodes[which], nodes[np.maximum(which - 1, 0)]
+    known = (which > 0) & problem.together(before, ref)
+    phi = problem.phi(s, s[ref], np.where(known, s[before], np.nan))
+    error, apart = np.zeros((2, len(j), len(j)))
     error[j, j] += 1
     error[j, ref] -= 1 + phi
-    error[j, before.clamp(min=0)] += phi
+    error[j, before] += phi
     apart[j, ref] += 1
-    apart[j, before.clamp(min=0)] -= 1
+    apart[j, before] -= 1
     change, difference = (
-        torch.stack([quadratic(weights, gram).sqrt() for gram in problem.gram]).median(0).values
-        for weights in (error, apart)
+        torch.from_numpy(np.sqrt(quadratic(weights, problem.gram))).median(0).values for weights in (error, apart)
     )
-    return change, torch.where(known, difference, torch.nan)
+    return change, difference.where(torch.from_numpy(known), torch.nan)
 
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
@@ -193,7 +197,7 @@ def plan_for(
     Where errors can grow under every plan, one that holds and repays nothing is taken if they grow less under that:
     holding allows the longest gaps. An `rtol` takes no plan under which errors can grow.
     """
-    times, gain = influence(stepper, ts)
+    times, gain, counts = _influence(stepper, ts)
     unknown = times[~profile.near(times)]
     if len(unknown):
         raise ValueError(
@@ -207,7 +211,7 @@ def plan_for(
     part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
     heard = 0.0 if hasattr(stepper, "noise") else HEARD
     plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
-    if len(_asked(stepper, ts)) > len(times):  # one output answers for several, and nobody knows what that does
+    if (counts > 1).any():  # one output answers for several, and nobody knows what that does
         plan = replace(plan, relative_error=torch.nan)
     if part.any():
         return plan
@@ -235,7 +239,9 @@ def best_plan(
         )
     gram = profile.gram_at(times)
     alpha_x = profile.lookup(times.clamp(profile.t.min(), profile.t.max()))[0].nan_to_num(posinf=0.0)
-    problems = [Problem(times, gain, gram, reuse, name, correct, part, alpha_x, heard) for name in ("t", logarithm)]
+    known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy(), "alpha_x": alpha_x.numpy()}
+    problem = Problem(times.numpy(), reuse=reuse, variable="t", correct=correct, heard=heard, **known)
+    problems = [problem, replace(problem, variable=logarithm)]
     rehearsed = profile.facts.get("rehearsed")
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
@@ -245,15 +251,15 @@ def best_plan(
     polishes = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # it is known how errors cancel
     ways = []
     for problem in problems:
-        errors, nodes = Errors(problem), schedules(problem, n)[-1] if n < len(times) else torch.arange(n)
+        errors, nodes = Errors(problem), schedules(problem, n)[-1] if n < len(times) else np.arange(n)
         ways.append((errors, errors.polished(nodes) if polishes else nodes))
     ranks = [errors.rank(nodes) for errors, nodes in ways]
     if all(grows for grows, *_ in ranks):
-        held = Errors(replace(problems[0], reuse="hold", correct=False))  # it bears the longest gaps
+        held = Errors(replace(problem, reuse="hold", correct=False))  # it bears the longest gaps
         ways.append((held, schedules(held.problem, n)[-1]))
         ranks.append(held.rank(ways[-1][1]))
     errors, nodes = ways[ranks.index(min(ranks))]
-    size = profile.size.median() if profile.size is not None else torch.tensor(torch.nan)
+    size = float(profile.size.median()) if profile.size is not None else math.nan
     plan = expectation(errors.problem, nodes, size, errors)
     if rehearsed != sampler or reuse != "linear" or not correct:
         return plan

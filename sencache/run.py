@@ -122,11 +122,11 @@ class Run:
         needed = computed = ~(reused | same)
         every = needed.all()
 
-        s = rule.variable(torch.stack([seen.t, seen.t_ref, seen.t_before], 1))
-        phi = np.zeros(len(clock)) if every else np.where(needed, 0.0, rule.phi(*s.unbind(1)).numpy())
-        nodes = s.numpy()
+        nodes = rule.variable(np.stack([each.numpy() for each in (seen.t, seen.t_ref, seen.t_before)], 1))
+        s, s_ref, _ = nodes.T
+        phi = np.zeros(len(clock)) if every else np.where(needed, 0.0, rule.phi(*nodes.T))
         y, earlier = None, (branch.y, branch.y_before)  # y_r, y_2
-        owes = np.where(needed[:, None], 0.0, offset((s[:, 0] - s[:, 1]).numpy(), phi))
+        owes = np.where(needed[:, None], 0.0, offset(s - s_ref, phi))
         if needed.any():
             # Alg. 1: y = f(x, t)
             (y, stack), computed = _evaluate(self.field, rule.payload, needed, x, t, args, kwargs)

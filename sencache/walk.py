@@ -55,11 +55,11 @@ def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | N
         return None
     evaluated = np.isin(np.arange(size), plan.nodes.numpy())
     before = evaluated.cumsum() - evaluated
-    s, none = VARIABLES[plan.variable](plan.times), torch.full((2,), torch.nan, dtype=torch.float64)
-    at = torch.cat([none, s[plan.nodes], none])
-    nodes = torch.stack([at[before + 2], at[before + 1], at[before]], 1)
-    phi = np.where(evaluated, 0.0, REUSES[plan.reuse](s, nodes[:, 1], nodes[:, 2]).numpy())
-    offsets = np.where(evaluated[:, None], 0.0, offset((s - nodes[:, 1]).numpy(), phi))
+    s, none = VARIABLES[plan.variable](plan.times.numpy()), [np.nan, np.nan]
+    at = np.concatenate([none, s[evaluated], none])
+    nodes = np.stack([at[before + 2], at[before + 1], at[before]], 1)
+    phi = np.where(evaluated, 0.0, REUSES[plan.reuse](s, nodes[:, 1], nodes[:, 2]))
+    offsets = np.where(evaluated[:, None], 0.0, offset(s - nodes[:, 1], phi))
     weights: list[list[Array | None]] = []
     sums: list[Sums] = []
     for (asked, alone), (t, t_next) in zip(steps, pairwise(ts), strict=True):
@@ -67,9 +67,9 @@ def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | N
         terms, closes = [[torch.from_numpy(offsets[j, None]) for j in which]], evaluated[which, None]
         ended, sums = due(linear, sums, terms, closes, alone, t, t_next) if repays else ([[]] * asked, [])
         for j, each in zip(which, ended, strict=True):
-            owing = shares(each[0], nodes[j, None].numpy(), evaluated[j, None]) if each else []
+            owing = shares(each[0], nodes[j, None], evaluated[j, None]) if each else []
             weights.append([None if share is None or not share.any() else share for share in owing])
-    return Script(plan, evaluated, before, phi, offsets, nodes.numpy(), weights)
+    return Script(plan, evaluated, before, phi, offsets, nodes, weights)
 
 
 def _queries(linear: Stepper, ts: Tensor) -> Iterator[tuple[int, bool]]:

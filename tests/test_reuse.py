@@ -43,7 +43,7 @@ def run(field, pattern, reuse="linear", variable="t"):
 
 
 def column(*values):
-    return torch.tensor(values, dtype=torch.float64)
+    return np.array(values)
 
 
 def used(outputs, s, pattern, reuse):
@@ -105,13 +105,13 @@ def test_phi_is_the_slope_s_share_of_the_span(r, span, ahead):
 @given(times, times, times)
 def test_a_line_is_continued_no_further_than_its_reach(s, r, b):
     phi = linear(column(s), column(r), column(b))
-    assert phi.isfinite()
-    assert phi.abs() <= REACH
+    assert np.isfinite(phi)
+    assert abs(phi) <= REACH
 
 
 def test_past_its_reach_a_line_stays_where_it_ended():
     ahead = column(5.0, 6.0, 100.0, -100.0)
-    assert linear(ahead, column(1.0).expand(4), column(0.0).expand(4)).tolist() == [4, 4, 4, -4]
+    assert linear(ahead, column(1.0), column(0.0)).tolist() == [4, 4, 4, -4]
 
 
 def test_one_evaluation_makes_no_line():
@@ -137,7 +137,7 @@ def test_two_states_evaluated_at_one_time_are_held():
 def test_the_ends_of_time_have_a_finite_logarithm():
     ends = column(0.0, 1.0)
     for variable in VARIABLES.values():
-        assert variable(ends).isfinite().all()
+        assert np.isfinite(variable(ends)).all()
 
 
 def test_a_trajectory_begun_anew_is_not_continued_from_the_old_one():

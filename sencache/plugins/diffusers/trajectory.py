@@ -99,8 +99,7 @@ class Trajectory:
             self.debts = Debts(known.sampler, len(x), pays and (known.plan is None or known.plan.correct))
             self.run.rule = rule_of(self.options, known.plan, known.profile, self.debts)
             variable = self.run.rule.variable  # until here it was t itself
-            nodes = [variable(torch.from_numpy(note.nodes)).numpy() for note in self.notes]
-            self.notes[:] = [note._replace(nodes=each) for note, each in zip(self.notes, nodes, strict=True)]
+            self.notes[:] = [note._replace(nodes=variable(note.nodes)) for note in self.notes]
         return known
 
     def _stand(self, scheduler: Any, timestep: Any) -> None:
