@@ -51,7 +51,7 @@ class SensitivityProfile:
     expected: Tensor | None = None  # (R,) the relative errors that they expect, infinite where errors can grow
     factors: Tensor | None = None  # (R, S') error over expected error of each rehearsed sample
     ratios: Tensor | None = None  # (R, S', T) true over predicted error of each of their reuses; NaN at evaluations,
-    #                               and throughout where reuses were not compared with the truth
+    #                               and throughout where runs diverged
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ class SensitivityProfile:
         return [] if self.budgets is None else self.budgets.tolist()
 
     def _compared(self) -> dict[int, Tensor]:
-        """The ratios (S', T) by budget, of those whose reuses were compared with the truth, or that have none."""
+        """The ratios (S', T) by budget, of those whose reuses are known, or that have none."""
         assert self.ratios is not None
         every = dict(zip(self._budgets(), self.ratios, strict=True))
         return {n: each for n, each in every.items() if n == each.shape[1] or not each.isnan().all()} or every

@@ -40,8 +40,8 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. A promise is of the plan that was rehearsed: an `rtol` chooses among these, or evaluates everything.
-    The default budgets are up to 17 from 1/10 to 9/10 of the full run's. Pays for a full run, for each budget, and for
-    the truth that reuses are compared with: of every fourth default budget, and of all that are given.
+    The default budgets are up to 13 from 1/10 to 9/10 of the full run's. Pays for a full run, and for each budget as
+    much again, because every reuse is compared with the truth.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
@@ -67,8 +67,7 @@ def rehearse(
     profile = replace(profile, budgets=None, expected=None, factors=None, ratios=None, facts=facts)
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
-    usual, some = usual_rehearsal(steps, networks)
-    compared, budgets = set(budgets) or some, tuple(sorted(set(budgets) or usual))
+    budgets = tuple(sorted(set(budgets) or usual_budgets(steps, networks)))
     if not networks <= budgets[0] <= budgets[-1] <= steps:
         raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
     expected, factors, ratios = [], [], []
@@ -77,9 +76,9 @@ def rehearse(
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
             try:
-                end, ratio = _compared(cached, x, ts, stepper) if nfe in compared else _run(cached, x, ts, stepper)
+                end, ratio = _compared(cached, x, ts, stepper)
             except FloatingPointError:  # so few evaluations lead nowhere
-                end, ratio = torch.full_like(full, torch.inf), _unknown(x, ts)
+                end, ratio = torch.full_like(full, torch.inf), torch.full((len(x), steps), torch.nan).double()
             error, plan = rms((end - full).double()) / rms(full.double()), cached.plan(ts, stepper)
             expected.append(plan.relative_error if plan.stable else torch.inf)
             factors.append(over(error.cpu(), plan.relative_error))
@@ -89,28 +88,13 @@ def rehearse(
     return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
 
 
-def usual_budgets(queries: int, networks: int = 1, most: int = 9) -> list[int]:
+def usual_budgets(queries: int, networks: int = 1, most: int = 13) -> list[int]:
     """Up to `most` budgets from 1/10 to 9/10 of a full run's evaluations, in equal ratios, rising.
 
     Each of the `networks` that take turns is evaluated, and, where it can be, something is left to reuse.
     """
     wanted = {round(queries / 10 * 9 ** (i / (most - 1))) for i in range(most)}
     return sorted({max(networks, min(n, queries - 1)) for n in wanted})
-
-
-def usual_rehearsal(queries: int, networks: int = 1) -> tuple[list[int], set[int]]:
-    """Up to 17 such budgets, and every fourth of them, in which reuses are compared with the truth."""
-    budgets = usual_budgets(queries, networks, 17)
-    return budgets, {*budgets[::4], budgets[-1]}
-
-
-def _run(cached: CachedField, x: Tensor, ts: Tensor, stepper: Stepper) -> tuple[Tensor, Tensor]:
-    """`_compared`, without comparing."""
-    return cached.integrate(x, ts, stepper), _unknown(x, ts)
-
-
-def _unknown(x: Tensor, ts: Tensor) -> Tensor:
-    return torch.full((len(x), len(ts) - 1), torch.nan, dtype=torch.float64)
 
 
 def over(error: Tensor, expected: float) -> Tensor:

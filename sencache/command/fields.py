@@ -19,7 +19,7 @@ from sencache.calibrate import calibrate
 from sencache.command.named import field_maker
 from sencache.command.source import Outcome, plain_picture
 from sencache.profile import SensitivityProfile
-from sencache.rehearse import rehearse, usual_rehearsal
+from sencache.rehearse import rehearse, usual_budgets
 from solvers import VP, Cosine, DPMSolverPP, Euler, Heun, Linear, Path, Stepper, UniPC, grids, integrate
 
 STEPPERS: dict[str, Callable[[Path], Stepper]] = {
@@ -85,9 +85,8 @@ class FieldSource:
         return calibrate(field, x, self.ts, self.stepper, secants=secants, file=file, progress=shown)
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
-        x, (budgets, compared) = self.noise(seeds), usual_rehearsal(self.steps)
-        paid = sum(self.steps if nfe in compared else nfe for nfe in (self.steps, *budgets))
-        with progress("rehearse", len(x) * paid) as bar:
+        x, runs = self.noise(seeds), 1 + len(usual_budgets(self.steps))
+        with progress("rehearse", len(x) * runs * self.steps) as bar:
             return rehearse(Watched(self.make(len(x)), bar), profile, x, self.ts, self.stepper)
 
     def check(self, profile: SensitivityProfile, budgets: list[int]) -> None:
