@@ -15,19 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.batch import Array, apart, clock_of, copy
-from sencache.correct import Sums, due, observed, offset, paid, shares
+from sencache.batch import Array, clock_of
+from sencache.correct import Sums, due, observed, offset, shares
 from sencache.criteria import Planned
-from sencache.norms import Norm
+from sencache.norms import Norm, difference
 from sencache.plan import Plan
 from sencache.report import Query, Report
-from sencache.reuse import REUSES, VARIABLES, continued
+from sencache.reuse import REUSES, VARIABLES
+from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField, Weights
 
 
@@ -41,7 +42,14 @@ class Script:
     phi: Array  # (T,) of a reuse; 0 at evaluations
     offsets: Array  # (T, 3) what it adds to the moments of its gap
     nodes: Array  # (T, 3) s_k, s_r, s_2, of its gap or the one it closes; NaN where there is none
-    weights: list[list[Array | None]]  # (T,) of its outputs, (1, 3), in dx and each part of the history, as they repay
+    weights: list[list[Shares | None]]  # (T,) by which they repay dx and each part of the history
+
+
+class Shares(NamedTuple):
+    """What a gap owes: so much of y_k - y_r, and of y_2 - y_r."""
+
+    k: float
+    two: float
 
 
 def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | None:
@@ -60,7 +68,7 @@ def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | N
     nodes = np.stack([at[before + 2], at[before + 1], at[before]], 1)
     phi = np.where(evaluated, 0.0, REUSES[plan.reuse](s, nodes[:, 1], nodes[:, 2]))
     offsets = np.where(evaluated[:, None], 0.0, offset(s - nodes[:, 1], phi))
-    weights: list[list[Array | None]] = []
+    weights: list[list[Shares | None]] = []
     sums: list[Sums] = []
     for (asked, alone), (t, t_next) in zip(steps, pairwise(ts), strict=True):
         which = range(len(weights), len(weights) + asked)
@@ -68,7 +76,8 @@ def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | N
         ended, sums = due(linear, sums, terms, closes, alone, t, t_next) if repays else ([[]] * asked, [])
         for j, each in zip(which, ended, strict=True):
             owing = shares(each[0], nodes[j, None], evaluated[j, None]) if each else []
-            weights.append([None if share is None or not share.any() else share for share in owing])
+            some = [None if share is None or not share.any() else Shares(*share[0, [0, 2]].tolist()) for share in owing]
+            weights.append(some if any(some) else [])
     return Script(plan, evaluated, before, phi, offsets, nodes, weights)
 
 
@@ -99,8 +108,11 @@ class Walk:
     def __init__(self, field: VelocityField, stepper: Stepper, script: Script, norm: Norm):
         self.bare, self.stepper, self.script, self.norm = field, stepper, script, norm
         self.times: list[Array] = []  # (B,) of the queries so far
-        self.outputs: tuple[Any, ...] = ()  # y_k, y_r, y_2, the last three evaluations
-        self.apart: list[Tensor] = []  # of each, (2, B): the norms of y_k - y_r, and of y_k - y_2 where it ends a gap
+        self.outputs: tuple[Tensor, ...] = ()  # the last two evaluations, the later one first
+        self.moved: tuple[Tensor, ...] = ()  # y_k - y_r and y_r - y_2 of the last three
+        self.apart: list[
+            tuple[Tensor, Tensor]
+        ] = []  # the norms (B,) of y_k - y_r, and of y_k - y_2 where it ends a gap
 
     @property
     def order(self) -> float:
@@ -128,30 +140,32 @@ class Walk:
                 raise ValueError(f"{self.stepper} asks for more outputs on this grid than the {j} that were planned.")
             y = self._evaluated(field(x, t), j) if known.evaluated[j] else self._continued(x, t, j)
             if known.weights[j]:
-                repaid.append((known.weights[j], self.outputs))
+                repaid.append((known.weights[j], self.moved))
             return y
 
         dx, memory = self.stepper.advance(answer, x, t, t_next, memory)
-        for weights, outputs in repaid:
-            each = [None if share is None else share.repeat(len(x), 0) for share in weights]
-            dx, memory = paid((dx, memory), each, outputs)
+        for weights, moved in repaid:
+            parts = [_repaid(*part, moved) for part in zip(tensors((dx, memory)), weights, strict=True)]
+            dx, memory = replace((dx, memory), parts)
         return dx, memory
 
     def _evaluated(self, y: Tensor, j: int) -> Tensor:
-        kept = copy(y)
-        self.outputs = (kept, *(part.to(kept.dtype) for part in self.outputs[:2])) if j else (kept, kept, kept)
-        moved = apart(kept, self.outputs[1], self.norm)
+        kept = y.detach().clone()
+        last, before = [part.to(kept.dtype) for part in self.outputs] if j else (kept, kept)
+        between = self.moved[0] if j and last is self.outputs[0] else difference(last, before)
+        self.outputs, self.moved = (kept, last), (difference(kept, last), between)
+        moved = self.norm(self.moved[0]).detach().double()
         if moved.shape != (len(y),):
             raise ValueError(f"`norm` must give a number a sample, shape ({len(y)},); got {tuple(moved.shape)}.")
-        across = moved if j == 0 or self.script.evaluated[j - 1] else apart(kept, self.outputs[2], self.norm)
-        self.apart.append(torch.stack([moved, across]))
+        ends_gap = j > 0 and not self.script.evaluated[j - 1]
+        self.apart.append((moved, self.norm(difference(kept, before)).detach().double() if ends_gap else moved))
         return y
 
     def _continued(self, x: Tensor, t: Tensor, j: int) -> Tensor:
         self._note(x, t)
-        last, before, _ = self.outputs
-        y: Tensor = continued(last, before, self.script.phi[j].repeat(len(x)))
-        return y.to(x.dtype)
+        last, before = self.outputs
+        phi = float(torch.tensor(self.script.phi[j]).to(last.dtype))
+        return (torch.lerp(last, before, -phi) if phi else last.clone()).to(x.dtype)
 
     def _note(self, x: Tensor, t: Tensor) -> None:
         self.times.append(clock_of(t, len(x))[:, 0])
@@ -162,8 +176,9 @@ class Walk:
             return
         known, t = self.script, np.array(self.times)  # (n, B)
         reused, which = ~known.evaluated[: len(t)], known.before[: len(t)]  # of each, the evaluation that it waits for
-        norms = torch.stack(self.apart, 1).cpu().numpy() if self.apart else np.zeros((2, 0, t.shape[1]))
-        moved, across = norms  # (N, B) each
+        both = [norm for each in zip(*self.apart, strict=True) for norm in each]
+        norms = torch.stack(both).cpu().numpy() if both else np.zeros((0, t.shape[1]))
+        moved, across = norms.reshape(2, -1, t.shape[1])  # (N, B) each
         moved[:1] = np.inf
         at, last = t[~reused, 0], which[reused] - 1
         predicted, found = np.full(t.shape, np.inf), np.full(t.shape, np.nan)
@@ -178,6 +193,16 @@ class Walk:
         no = torch.zeros_like(decided[0])
         for j in range(len(t)):
             report.add(Query(times[j], change[j], decided[j], no, ~decided[j], 0, later[j], change[j]), False)
+
+
+def _repaid(state: Tensor, weights: Shares | None, moved: tuple[Tensor, ...]) -> Tensor:
+    """`correct.repaid` by the same weights for all samples, in float32 or better."""
+    if weights is None:
+        return state
+    later, earlier = moved  # y_k - y_r, y_r - y_2
+    wide = state.to(torch.promote_types(state.dtype, torch.float32))
+    wide = wide + weights.k * later if weights.k else wide
+    return (wide - weights.two * earlier if weights.two else wide).to(state.dtype)
 
 
 @contextmanager
