@@ -32,6 +32,7 @@ from solvers.loop import check_grid
 
 EULER = Euler()
 Tolerance = float | Callable[[float], float]
+Sampler = tuple[str, bytes]  # a stepper's name, and its grid
 
 
 class CachedField:
@@ -111,8 +112,8 @@ class CachedField:
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
         self.unit = unit or ("sample" if profile is None and criterion is None else "output")
         self.correct = reuse != "hold" if correct is None else correct
-        self._plans: dict[str, tuple[Stepper, Plan]] = {}  # a stepper that is kept shares its name with no other
-        self._scripts: dict[str, tuple[tuple[Any, ...], Script | None]] = {}
+        self._plans: dict[Sampler, tuple[Stepper, Plan]] = {}  # a stepper that is kept shares its name with no other
+        self._scripts: dict[Sampler, tuple[tuple[Any, ...], Script | None]] = {}
         self._thread = threading.local()  # every thread has its own current run
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -136,6 +137,7 @@ class CachedField:
     @contextmanager
     def following(self, ts: Tensor, stepper: Stepper = EULER) -> Iterator[tuple[Run, Stepper]]:
         """A run over ts (K + 1,), and the stepper to carry it along there, which corrects state and history itself."""
+        ts = check_grid(ts).detach()
         with self._scope(ts, stepper) as run:
             if self._repays(ts, stepper):
                 if not self._planned():  # a plan has asked already
@@ -181,8 +183,12 @@ class CachedField:
         if self.profile is None or self.tolerance is not None:
             raise ValueError("A plan needs a profile and `nfe` or `rtol`; here the rule decides at every step.")
         check_fixed(stepper)
-        grid = self.profile.grid if ts is None else check_grid(ts).double().cpu()
-        name = f"{stepper} {grid.tolist()}"
+        return self._plan(None if ts is None else check_grid(ts), stepper)
+
+    def _plan(self, ts: Tensor | None, stepper: Stepper) -> Plan:
+        assert self.profile is not None
+        grid = self.profile.grid if ts is None else ts.detach().double().cpu()
+        name = f"{stepper}", grid.numpy().tobytes()
         if name not in self._plans:
             check_fit(self.profile, grid)
             regime = getattr(self.field, "regime", one_network)
@@ -196,7 +202,7 @@ class CachedField:
         run = Run(self.field, self._rule(ts, stepper), self.key)
         run.sampler, run.once = (ts, stepper, fold), ts is None
         if self._planned():
-            plan = self.plan(ts, stepper)
+            plan = self._plan(ts, stepper)
             run.report.expected, run.report.promised = plan.relative_error, plan.promised
             run.report.discretisation, run.report.stable = plan.discretisation, plan.stable
         if fold and ts is not None and self._repays(ts, stepper):
@@ -209,7 +215,8 @@ class CachedField:
         free = self._planned() and self.payload == "output" and not hasattr(self.field, "regime")
         if not free or torch.is_grad_enabled():
             return None
-        of, name = (stepper, self.plan(ts, stepper), self._repays(ts, stepper)), f"{stepper} {ts.dtype} {ts.tolist()}"
+        of = stepper, self.plan(ts, stepper), self._repays(ts, stepper)
+        name = f"{stepper} {ts.dtype}", ts.double().cpu().numpy().tobytes()
         known, found = self._scripts.get(name, ((None,) * 3, None))
         if not is_constant(stepper) or any(one is not other for one, other in zip(known, of, strict=True)):
             found = script(*of, ts)
@@ -220,7 +227,7 @@ class CachedField:
         return self.tolerance is None and self.criterion is None
 
     def _repays(self, ts: Tensor, stepper: Stepper) -> bool:
-        return self.correct and (not self._planned() or self.plan(ts, stepper).correct)
+        return self.correct and (not self._planned() or self._plan(ts, stepper).correct)
 
     def _rule(self, ts: Tensor | None, stepper: Stepper) -> Rule:
         criterion, n, variable = self._criterion(ts, stepper)
@@ -229,7 +236,7 @@ class CachedField:
         gains = None
         if self.unit == "sample" and self.tolerance is not None:
             gains = Gains() if ts is None else Gains(*charges(stepper, ts))
-        phi = REUSES[self.plan(ts, stepper).reuse if self._planned() else self.reuse]
+        phi = REUSES[self._plan(ts, stepper).reuse if self._planned() else self.reuse]
         return Rule(criterion, everywhere, n, phi, VARIABLES[variable], self.norm, self.payload, gains)
 
     def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:
@@ -237,7 +244,7 @@ class CachedField:
         if self.criterion is not None:
             return self.criterion, math.inf if self.max_reuses is None else self.max_reuses, "t"
         if self.tolerance is None:
-            plan = self.plan(ts, stepper)
+            plan = self._plan(ts, stepper)
             return Planned(plan), math.inf, plan.variable
         n = self.max_reuses if self.max_reuses is not None else math.inf if self.unit == "sample" else 3
         if self.profile is None:

@@ -188,11 +188,11 @@ class Walk:
         sides = np.stack([moved[k], moved[k - 1], across[k]], -1)  # (R, B, 3)
         found[seen] = observed(known.offsets[: len(t)][seen, None], known.nodes[: len(t)][seen, None], sides)
 
-        times, change, later = (torch.from_numpy(each) for each in (t, predicted, found))
-        decided = torch.from_numpy(reused)[:, None].expand(times.shape).clone()
-        no = torch.zeros_like(decided[0])
-        for j in range(len(t)):
-            report.add(Query(times[j], change[j], decided[j], no, ~decided[j], 0, later[j], change[j]), False)
+        decided = reused[:, None].repeat(t.shape[1], 1)
+        rows = zip(*(torch.from_numpy(each).unbind() for each in (t, predicted, decided, ~decided, found)), strict=True)
+        no = torch.zeros(t.shape[1], dtype=torch.bool)
+        for times, change, reuse, computed, later in rows:
+            report.add(Query(times, change, reuse, no, computed, 0, later, change), False)
 
 
 def _repaid(state: Tensor, weights: Shares | None, moved: tuple[Tensor, ...]) -> Tensor:
