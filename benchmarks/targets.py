@@ -1,8 +1,8 @@
 """Errors asked for and errors met on the shipped SiT, and every reuse's error beside its prediction.
 
-    python -m benchmarks.targets [--images 256]
+    python -m benchmarks.targets [--images 256] [--rehearsed 64]
 
-`rehearse` on 64 samples of the calibration seeds, everything else on the reported ones. Prints, as Markdown: what
+`rehearse` on samples of the calibration seeds, everything else on the reported ones. Prints, as Markdown: what
 rehearsal found; for each `rtol` the evaluations spent, the share of samples at or under it and the median of achieved
 over asked; for each budget how far the errors of samples spread, and what a sample could have known of its own; and
 how the predicted error of a reuse compares with the true one, evaluated for the purpose.
@@ -22,8 +22,6 @@ from benchmarks.shipped import GRID, noise, sit_field, sit_profile
 from benchmarks.sweep import settings
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from solvers import integrate
-
-REHEARSED = 64
 
 
 def predictions(profile: SensitivityProfile, nfe: int, images: int) -> str:
@@ -79,9 +77,10 @@ def spread(cached: CachedField, x: Tensor, ts: Tensor, full: Tensor) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="how many samples to report on (default 256)")
-    images = parser.parse_args().images
+    parser.add_argument("--rehearsed", type=int, default=64, help="how many samples to rehearse with (default 64)")
+    images, rehearsed = (options := parser.parse_args()).images, options.rehearsed
     torch.set_grad_enabled(False)
-    profile = rehearse(sit_field(REHEARSED), sit_profile(), noise(8 + REHEARSED, "calibration")[8:], GRID)
+    profile = rehearse(sit_field(rehearsed), sit_profile(), noise(8 + rehearsed, "calibration")[8:], GRID)
     assert profile.budgets is not None
     assert profile.factors is not None
     print("| evaluations | error / expected: median | limit for 90 % |\n|---|---|---|")

@@ -32,6 +32,13 @@ from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField, Weights
 
 
+class Shares(NamedTuple):
+    """What a gap owes: so much of y_k - y_r, and of y_2 - y_r."""
+
+    k: float
+    two: float
+
+
 @dataclass(frozen=True, eq=False)
 class Script:
     """What a plan has a stepper do on its grid."""
@@ -43,13 +50,6 @@ class Script:
     offsets: Array  # (T, 3) what it adds to the moments of its gap
     nodes: Array  # (T, 3) s_k, s_r, s_2, of its gap or the one it closes; NaN where there is none
     weights: list[list[Shares | None]]  # (T,) by which they repay dx and each part of the history
-
-
-class Shares(NamedTuple):
-    """What a gap owes: so much of y_k - y_r, and of y_2 - y_r."""
-
-    k: float
-    two: float
 
 
 def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | None:
@@ -110,9 +110,7 @@ class Walk:
         self.times: list[Array] = []  # (B,) of the queries so far
         self.outputs: tuple[Tensor, ...] = ()  # the last two evaluations, the later one first
         self.moved: tuple[Tensor, ...] = ()  # y_k - y_r and y_r - y_2 of the last three
-        self.apart: list[
-            tuple[Tensor, Tensor]
-        ] = []  # the norms (B,) of y_k - y_r, and of y_k - y_2 where it ends a gap
+        self.apart: list[tuple[Tensor, Tensor]] = []  # norms (B,) of y_k - y_r, and of y_k - y_2 where it ends a gap
 
     @property
     def order(self) -> float:
