@@ -80,7 +80,7 @@ def observed(offsets: Array, nodes: Array, apart: Array) -> Array:
     k, two = weights[..., 0], weights[..., 2]
     squares = np.where(two[..., None] == 0, apart[..., :1], apart) ** 2  # there may be no y_2
     side, other, across = (squares[..., i] for i in range(3))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         product = (side + other - across) / 2  # <y_k - y_r, y_2 - y_r>
         return np.sqrt(np.maximum(k**2 * side + two**2 * other + 2 * k * two * product, 0))
 

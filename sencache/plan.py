@@ -240,8 +240,8 @@ def best_plan(
     gram = profile.gram_at(times)
     alpha_x = profile.lookup(times.clamp(profile.t.min(), profile.t.max()))[0].nan_to_num(posinf=0.0)
     known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy(), "alpha_x": alpha_x.numpy()}
-    problem = Problem(times.numpy(), reuse=reuse, variable="t", correct=correct, heard=heard, **known)
-    problems = [problem, replace(problem, variable=logarithm)]
+    in_t = Problem(times.numpy(), reuse=reuse, variable="t", correct=correct, heard=heard, **known)
+    problems = [in_t, replace(in_t, variable=logarithm)]
     rehearsed = profile.facts.get("rehearsed")
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
@@ -255,7 +255,7 @@ def best_plan(
         ways.append((errors, errors.polished(nodes) if polishes else nodes))
     ranks = [errors.rank(nodes) for errors, nodes in ways]
     if all(grows for grows, *_ in ranks):
-        held = Errors(replace(problem, reuse="hold", correct=False))  # it bears the longest gaps
+        held = Errors(replace(in_t, reuse="hold", correct=False))  # it bears the longest gaps
         ways.append((held, schedules(held.problem, n)[-1]))
         ranks.append(held.rank(ways[-1][1]))
     errors, nodes = ways[ranks.index(min(ranks))]

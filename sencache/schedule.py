@@ -42,8 +42,8 @@ class Problem:
     reuse: str
     variable: str
     correct: bool
-    part: Array = field(default_factory=_none)  # (T,) which network answers, counted along the grid; one
-    alpha_x: Array = field(default_factory=_none)  # (T,) ||J_x||, how wrong an output is in a wrong state; 0
+    part: Array = field(default_factory=_none)  # (T,) which network answers, counted along the grid; or 0
+    alpha_x: Array = field(default_factory=_none)  # (T,) ||J_x||, how wrong an output is in a wrong state; or 0
     heard: float = HEARD  # what share of echoes the search counts
 
     def __post_init__(self) -> None:

@@ -3,8 +3,8 @@
 When to evaluate, how to continue, and with what weights each gap is repaid are written down once, in a `Script`, and
 `CachedField.integrate` follows it without asking a `Run` at every query. The sample and the report are those of `Run`,
 `Planned` and `Repaying`, to the bit where norms are finite and the stepper asks at the grid's own times, and otherwise
-to rounding (`tests/test_walk.py`); what is saved is half of the time between evaluations or more. What the report
-needs is asked of the device once, at the end.
+to rounding (`tests/test_walk.py`); but a state that changes its dtype on the way, which a `Run` takes for the beginning
+of another trajectory, is walked on. What the report needs is asked of the device once, at the end.
 
 Shapes: T queries of the grid, B samples.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.batch import Array, clock_of
+from sencache.batch import Array, apart, clock_of
 from sencache.correct import Sums, due, observed, offset, shares
 from sencache.criteria import Planned
 from sencache.norms import Norm, difference
@@ -32,7 +32,7 @@ from sencache.trees import replace, tensors
 from solvers import Stepper, VelocityField, Weights
 
 
-class Shares(NamedTuple):
+class Debt(NamedTuple):
     """What a gap owes: so much of y_k - y_r, and of y_2 - y_r."""
 
     k: float
@@ -49,7 +49,7 @@ class Script:
     phi: Array  # (T,) of a reuse; 0 at evaluations
     offsets: Array  # (T, 3) what it adds to the moments of its gap
     nodes: Array  # (T, 3) s_k, s_r, s_2, of its gap or the one it closes; NaN where there is none
-    weights: list[list[Shares | None]]  # (T,) by which they repay dx and each part of the history
+    debts: list[list[Debt | None]]  # (T,) what they repay in dx and each part of the history
 
 
 def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | None:
@@ -68,17 +68,17 @@ def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | N
     nodes = np.stack([at[before + 2], at[before + 1], at[before]], 1)
     phi = np.where(evaluated, 0.0, REUSES[plan.reuse](s, nodes[:, 1], nodes[:, 2]))
     offsets = np.where(evaluated[:, None], 0.0, offset(s - nodes[:, 1], phi))
-    weights: list[list[Shares | None]] = []
+    debts: list[list[Debt | None]] = []
     sums: list[Sums] = []
     for (asked, alone), (t, t_next) in zip(steps, pairwise(ts), strict=True):
-        which = range(len(weights), len(weights) + asked)
+        which = range(len(debts), len(debts) + asked)
         terms, closes = [[torch.from_numpy(offsets[j, None]) for j in which]], evaluated[which, None]
         ended, sums = due(linear, sums, terms, closes, alone, t, t_next) if repays else ([[]] * asked, [])
         for j, each in zip(which, ended, strict=True):
             owing = shares(each[0], nodes[j, None], evaluated[j, None]) if each else []
-            some = [None if share is None or not share.any() else Shares(*share[0, [0, 2]].tolist()) for share in owing]
-            weights.append(some if any(some) else [])
-    return Script(plan, evaluated, before, phi, offsets, nodes, weights)
+            some = [None if share is None or not share.any() else Debt(*share[0, [0, 2]].tolist()) for share in owing]
+            debts.append(some if any(some) else [])
+    return Script(plan, evaluated, before, phi, offsets, nodes, debts)
 
 
 def _queries(linear: Stepper, ts: Tensor) -> Iterator[tuple[int, bool]]:
@@ -108,9 +108,8 @@ class Walk:
     def __init__(self, field: VelocityField, stepper: Stepper, script: Script, norm: Norm):
         self.bare, self.stepper, self.script, self.norm = field, stepper, script, norm
         self.times: list[Array] = []  # (B,) of the queries so far
-        self.outputs: tuple[Tensor, ...] = ()  # the last two evaluations, the later one first
-        self.moved: tuple[Tensor, ...] = ()  # y_k - y_r and y_r - y_2 of the last three
-        self.apart: list[tuple[Tensor, Tensor]] = []  # norms (B,) of y_k - y_r, and of y_k - y_2 where it ends a gap
+        self.outputs: tuple[Tensor, ...] = ()  # y_k, y_r, y_2, the last three evaluations
+        self.apart: list[Tensor] = []  # of each, (2, B): the norms of y_k - y_r, and of y_k - y_2 where it ends a gap
 
     @property
     def order(self) -> float:
@@ -137,31 +136,29 @@ class Walk:
             if j == len(known.evaluated):
                 raise ValueError(f"{self.stepper} asks for more outputs on this grid than the {j} that were planned.")
             y = self._evaluated(field(x, t), j) if known.evaluated[j] else self._continued(x, t, j)
-            if known.weights[j]:
-                repaid.append((known.weights[j], self.moved))
+            if known.debts[j]:
+                repaid.append((known.debts[j], self.outputs))
             return y
 
         dx, memory = self.stepper.advance(answer, x, t, t_next, memory)
-        for weights, moved in repaid:
-            parts = [_repaid(*part, moved) for part in zip(tensors((dx, memory)), weights, strict=True)]
+        for debts, outputs in repaid:
+            parts = [_repaid(*part, outputs) for part in zip(tensors((dx, memory)), debts, strict=True)]
             dx, memory = replace((dx, memory), parts)
         return dx, memory
 
     def _evaluated(self, y: Tensor, j: int) -> Tensor:
         kept = y.detach().clone()
-        last, before = [part.to(kept.dtype) for part in self.outputs] if j else (kept, kept)
-        between = self.moved[0] if j and last is self.outputs[0] else difference(last, before)
-        self.outputs, self.moved = (kept, last), (difference(kept, last), between)
-        moved = self.norm(self.moved[0]).detach().double()
+        self.outputs = (kept, *(part.to(kept.dtype) for part in self.outputs[:2])) if j else (kept, kept, kept)
+        moved = apart(kept, self.outputs[1], self.norm)
         if moved.shape != (len(y),):
             raise ValueError(f"`norm` must give a number a sample, shape ({len(y)},); got {tuple(moved.shape)}.")
-        ends_gap = j > 0 and not self.script.evaluated[j - 1]
-        self.apart.append((moved, self.norm(difference(kept, before)).detach().double() if ends_gap else moved))
+        across = moved if j == 0 or self.script.evaluated[j - 1] else apart(kept, self.outputs[2], self.norm)
+        self.apart.append(torch.stack([moved, across]))
         return y
 
     def _continued(self, x: Tensor, t: Tensor, j: int) -> Tensor:
         self._note(x, t)
-        last, before = self.outputs
+        last, before, _ = self.outputs
         phi = float(torch.tensor(self.script.phi[j]).to(last.dtype))
         return (torch.lerp(last, before, -phi) if phi else last.clone()).to(x.dtype)
 
@@ -174,9 +171,8 @@ class Walk:
             return
         known, t = self.script, np.array(self.times)  # (n, B)
         reused, which = ~known.evaluated[: len(t)], known.before[: len(t)]  # of each, the evaluation that it waits for
-        both = [norm for each in zip(*self.apart, strict=True) for norm in each]
-        norms = torch.stack(both).cpu().numpy() if both else np.zeros((0, t.shape[1]))
-        moved, across = norms.reshape(2, -1, t.shape[1])  # (N, B) each
+        norms = torch.stack(self.apart, 1).cpu().numpy() if self.apart else np.zeros((2, 0, t.shape[1]))
+        moved, across = norms  # (N, B) each
         moved[:1] = np.inf
         at, last = t[~reused, 0], which[reused] - 1
         predicted, found = np.full(t.shape, np.inf), np.full(t.shape, np.nan)
@@ -193,14 +189,14 @@ class Walk:
             report.add(Query(times, change, reuse, no, computed, 0, later, change), False)
 
 
-def _repaid(state: Tensor, weights: Shares | None, moved: tuple[Tensor, ...]) -> Tensor:
-    """`correct.repaid` by the same weights for all samples, in float32 or better."""
-    if weights is None:
+def _repaid(state: Tensor, debt: Debt | None, outputs: tuple[Tensor, ...]) -> Tensor:
+    """`correct.repaid` of a debt that is the same for all samples, in float32 or better."""
+    if debt is None:
         return state
-    later, earlier = moved  # y_k - y_r, y_r - y_2
+    y_k, y_r, y_2 = outputs
     wide = state.to(torch.promote_types(state.dtype, torch.float32))
-    wide = wide + weights.k * later if weights.k else wide
-    return (wide - weights.two * earlier if weights.two else wide).to(state.dtype)
+    wide = wide + debt.k * difference(y_k, y_r) if debt.k else wide
+    return (wide + debt.two * difference(y_2, y_r) if debt.two else wide).to(state.dtype)
 
 
 @contextmanager

@@ -306,7 +306,7 @@ def test_a_plan_with_room_for_short_gaps_continues_lines_and_another_holds():
     profile = calibrate(stiff, x, ts, progress=False)
     roomy, tight = (CachedField(stiff, profile, nfe=nfe).plan(ts) for nfe in (30, 15))
     assert (roomy.reuse, roomy.correct, roomy.stable) == ("linear", True, True)
-    assert (tight.reuse, tight.correct) == ("hold", False)
+    assert (tight.reuse, tight.correct, tight.variable) == ("hold", False, "t")
     for nfe, unsafe in ((30, False), (10, True)):
         cached = CachedField(stiff, profile, nfe=nfe)
         cached.integrate(x, ts)

@@ -203,6 +203,25 @@ def test_a_budget_under_which_runs_diverge_is_not_promised():
     assert known.shortest(1e9) is None
 
 
+def test_where_the_truth_is_no_number_a_reuse_is_far_off_and_its_plan_is_promised():
+    """Off the full run's states the field fails at one time, which some plans evaluate and others do not."""
+    asked, x = [], noise(24, 3)
+
+    def failing(x, t):
+        asked.append(float(t))
+        return FIELD(x, t) / (len(asked) <= 40 or float(t) != float(TS[13]))
+
+    profile = calibrate(FIELD, noise(8, 0), TS, progress=False)
+    known = rehearse(failing, profile, x, TS)
+    for n in known.budgets.tolist():
+        evaluated = 13 in CachedField(FIELD, profile, nfe=n).plan(TS).nodes.tolist()
+        assert (known.factor(n) == torch.inf) == evaluated
+        if not evaluated:
+            assert 0 < known.typical(n) < torch.inf
+            assert known.bound(n, whole=True) == torch.inf
+    assert known.factors.isfinite().any()
+
+
 @pytest.mark.parametrize("budgets", [range(1, 11), range(4, 20), (3,)], ids=len)
 def test_show_has_at_most_nine_of_the_rehearsed_lengths_both_ends_among_them(budgets):
     shown = budgets_of(rehearsed(*[[1.0]] * len(budgets), budgets=list(budgets)))

@@ -143,6 +143,14 @@ def test_a_norm_of_ones_own_is_asked_for(profile):
     assert not torch.equal(one.trace[-1].predicted, usual.trace[-1].predicted)
 
 
+def test_a_norm_that_writes_into_what_it_is_given_or_answers_in_one_buffer_is_not_confused(profile):
+    plan, buffer = CachedField(FIELD, profile, nfe=5).plan(), torch.zeros(len(X), dtype=torch.float64)
+    for norm in (lambda d: d.abs_().flatten(1).amax(1), lambda d: buffer.copy_(rms(d))):
+        (end, report), (other, decisions) = (way(FIELD, plan, X, TS, Euler(), norm) for way in (walked, decided))
+        assert torch.equal(end, other)
+        assert all(map(identical, *([query.predicted for query in each.trace] for each in (report, decisions))))
+
+
 class Counted:
     """A field that counts its calls, and gives every answer in the same memory."""
 

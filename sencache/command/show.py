@@ -55,7 +55,8 @@ def budgets_of(profile: SensitivityProfile) -> list[int]:
     if profile.budgets is not None:
         at = np.linspace(0, len(profile.budgets) - 1, min(9, len(profile.budgets))).round()
         return profile.budgets[at.astype(int)].tolist()
-    return usual_budgets(len(profile.t), len(profile.facts.get("crossings", [])) + 1, 9)  # networks that take turns
+    networks = len(profile.facts.get("crossings", [])) + 1  # that take turns
+    return usual_budgets(len(profile.t), networks, most=9)
 
 
 def unplannable(profile: SensitivityProfile) -> str:

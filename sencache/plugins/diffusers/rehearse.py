@@ -65,7 +65,7 @@ def _begun(handle: Handle, budgets: tuple[int, ...]) -> tuple[SensitivityProfile
     if len(known.sampler.which) != size:
         raise ValueError(f"{known.name} asks for several outputs a step, of which plans leave some out: use `nfe`.")
     networks = len(profile.facts.get("crossings", [])) + 1
-    budgets = tuple(sorted(set(budgets) or usual_budgets(size, networks, 9)))
+    budgets = tuple(sorted(set(budgets) or usual_budgets(size, networks, most=9)))
     if not budgets or budgets[-1] >= size:
         raise ValueError(f"Rehearse budgets below the {size} evaluations of a full run; got {budgets}.")
     return profile, budgets
