@@ -181,7 +181,7 @@ def draw() -> None:
         bars(axis, [float(row["NFE"]) for row in rows], rows, color=BLUE)
         same = {row["NFE"]: [other[name] for other in rows if other["NFE"] == row["NFE"]] for row in rows}
         span = max(map(float, same)) - min(map(float, same))
-        for row in rows:
+        for row in {row["NFE"]: row for row in rows}.values():  # a label a point
             first, *rest = same[row["NFE"]]
             text = f"{'n' if name == 'n' else 'ε'} = {first}" + (f" to {rest[-1]}" if rest else "")
             x, y = float(row["NFE"]), float(row["PSNR"])
