@@ -241,7 +241,9 @@ def test_saved_pickled_and_copied_it_is_a_bare_pipeline(tmp_path, bare, cached):
         if (tmp_path / "bare" / file).is_file():
             assert (tmp_path / "bare" / file).read_bytes() == (tmp_path / "enabled" / file).read_bytes()
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "enabled", text_encoder=None, tokenizer=None)
-    for other in (loaded, pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+    assert is_restored(loaded)
+    in_memory = copy.deepcopy(loaded)  # some CPUs round otherwise with weights that lie where a file has them
+    for other in (in_memory, pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
         other.set_progress_bar_config(disable=True)
         assert is_restored(other)
         assert torch.equal(run_wan(other, STEPS), bare)
