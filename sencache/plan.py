@@ -167,8 +167,12 @@ def _changes(problem: Problem, nodes: Array) -> tuple[Tensor, Tensor]:
 
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
-    """Tells samplers apart: the stepper, and the grid in words and by its digest."""
-    digest = hashlib.sha256(b"polished" + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]  # plans of other kinds
+    """Tells samplers apart: the stepper, and the grid in words and by a digest of three digits a time.
+
+    So the same grid in another precision, or of another machine, whose last digits differ, is the same.
+    """
+    kind = "polished"  # plans of another are told apart too
+    digest = hashlib.sha256(" ".join([kind, *(f"{t:.3g}" for t in ts.tolist())]).encode()).hexdigest()[:8]
     return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
 
 

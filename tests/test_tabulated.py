@@ -141,6 +141,16 @@ def test_paths_of_two_tables_are_two_and_of_one_are_one():
     assert len({one, same, other, Tabulated(TABLES["zero SNR"], 1.0), Linear()}) == 4
     assert len({str(path) for path in (one, same, other)}) == 2
     assert str(DPMSolverPP(one)) != str(DPMSolverPP(other))
+    assert len({str(Tabulated(table)) for table in TABLES.values()}) == len(TABLES)
+
+
+@over_tables
+def test_a_table_has_the_same_name_on_machines_that_round_otherwise(table):
+    factors = torch.cat([torch.ones(1, dtype=F64), TABLES[table]])
+    factors = (factors[1:] / factors[:-1]).float()
+    rounded = [factors.cumprod(0), factors.numpy().cumprod(), factors.double().cumprod(0).float()]
+    assert any(not torch.equal(torch.as_tensor(one), rounded[2]) for one in rounded[:2])
+    assert {repr(Tabulated(torch.as_tensor(one))) for one in rounded} == {repr(Tabulated(TABLES[table]))}
 
 
 @pytest.mark.parametrize("kind", ["float32", "a list of two axes", "rising", "above one", "one entry"])

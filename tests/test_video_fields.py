@@ -11,6 +11,7 @@ import torch
 from benchmarks.cases import cases
 from benchmarks.fields import bunny, video
 from benchmarks.fields.train_video import loss_of
+from sencache import CachedField
 from solvers import integrate
 
 over_families = pytest.mark.parametrize("family", video.FAMILIES)
@@ -18,6 +19,13 @@ over_families = pytest.mark.parametrize("family", video.FAMILIES)
 
 def drawn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_shipped_profile_is_of_the_shipped_field_on_any_machine(name):
+    case = cases()[name]
+    cached = CachedField(case.samples(1, "choosing").field, case.profile, nfe=20)
+    assert len(cached.plan(case.grid(), case.stepper).nodes) == 20
 
 
 @over_families
