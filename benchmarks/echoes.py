@@ -80,7 +80,7 @@ def measured(looked: Looked) -> Iterator[tuple[float, float]]:
     """Made over expected error and PSNR, medians, at every budget: without echoes, not polished, and as it is."""
     _, field, x, ts, stepper, profile, pixels = looked
     full = integrate(field, x, ts, stepper)
-    silent = replace(profile, alpha_x=0 * profile.alpha_x)
+    silent = replace(profile, alpha_x=0 * profile.alpha_x, samples_x=None)
     as_it_is, as_found = Errors.polished, lambda self, nodes: nodes
     for known, polished in ((silent, as_it_is), (profile, as_found), (profile, as_it_is)):
         for nfe in BUDGETS:

@@ -79,23 +79,24 @@ class Errors:
     def growth(self, nodes: Array) -> float:
         """How many times larger than it was an error can be in the end, 1 or more, on the test equation.
 
-        That is dx/dt = -||J_x|| x (Dahlquist 1963), run by Euler's method as the schedule `nodes` (N,) would run it,
-        and off by 1 at each of its evaluations in turn but the last, after which nothing goes on; beside what becomes
-        of that in a run without reuses.
+        That is dx/dt = -||J_x|| x (Dahlquist 1963) for each sample's ||J_x||, run by Euler's method as the schedule
+        `nodes` (N,) would run it, and off by 1 at each of its evaluations in turn but the last, after which nothing
+        goes on; beside what becomes of that in a run without reuses.
         """
         problem, gaps = self.problem, self._gaps(nodes[None])
-        decay = -problem.alpha_x * np.sign(problem.gain.sum())
+        decay = -problem.rates * np.sign(problem.gain.sum())  # (S, T)
         kept = 1 + decay * problem.gain  # of an error, by a step of the full run
-        x, y, due = np.zeros(len(nodes)), np.zeros((self.size, len(nodes))), np.zeros(self.size)
+        x, due = np.zeros((len(decay), len(nodes))), np.zeros(self.size)
+        y = np.zeros((len(decay), self.size, len(nodes)))
         with np.errstate(over="ignore", invalid="ignore"):
             for i, (r, left, owed) in enumerate(zip(nodes.tolist(), gaps.left[0], gaps.owed[0], strict=True)):
-                x[i] = 1
-                y[r] = decay[r] * x
-                x = x + problem.gain[r] * y[r] + (due - owed) @ y  # the gap before is repaid, this one walked on reuses
+                x[:, i] = 1
+                y[:, r] = decay[:, r, None] * x
+                x = x + problem.gain[r] * y[:, r] + (due - owed) @ y  # the gap before is repaid, this one is on reuses
                 due = owed - left
-            bare = np.maximum(abs(kept[::-1].cumprod()[::-1][nodes]), 1)
+            bare = np.maximum(abs(kept[:, ::-1].cumprod(1)[:, ::-1][:, nodes]), 1)
             grown = abs(x) / bare
-        return max([1.0, *np.where(np.isnan(grown), np.inf, grown)[:-1].tolist()])
+        return max([1.0, *np.where(np.isnan(grown), np.inf, grown)[:, :-1].max(0).tolist()])
 
     def instability(self, nodes: Array) -> Array:
         """How far the gaps of schedules (C, N) go beyond `STABLE`, (C,); 0 if none does."""

@@ -167,12 +167,8 @@ def _changes(problem: Problem, nodes: Array) -> tuple[Tensor, Tensor]:
 
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
-    """Tells samplers apart: the stepper, and the grid in words and by a digest of three digits a time.
-
-    So the same grid in another precision, or of another machine, whose last digits differ, is the same.
-    """
-    kind = "polished"  # plans of another are told apart too
-    digest = hashlib.sha256(" ".join([kind, *(f"{t:.3g}" for t in ts.tolist())]).encode()).hexdigest()[:8]
+    """Tells samplers apart: the stepper, and the grid in words and by its digest."""
+    digest = hashlib.sha256(b"polished" + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]  # plans of other kinds
     return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
 
 
@@ -222,6 +218,14 @@ def plan_for(
     return replace(plan, discretisation=discretisation(profile, ts, stepper, times, gain))
 
 
+def _felt(profile: SensitivityProfile, alpha: Tensor, times: Tensor) -> Array:
+    """||J_x|| at the query times (T,), from `alpha` at the calibrated ones; 0 where it was not measured."""
+    order = profile.t.argsort()
+    known = alpha[order].nan_to_num(nan=torch.inf, posinf=torch.inf)
+    found = np.interp(times.numpy(), profile.t[order].numpy(), known.numpy())
+    return np.nan_to_num(found, posinf=0.0)
+
+
 def best_plan(
     profile: SensitivityProfile,
     times: Tensor,
@@ -242,8 +246,10 @@ def best_plan(
             f"`nfe` is {nfe}, and {networks} networks take turns on this grid, each evaluated once or more."
         )
     gram = profile.gram_at(times)
-    alpha_x = profile.lookup(times.clamp(profile.t.min(), profile.t.max()))[0].nan_to_num(posinf=0.0)
-    known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy(), "alpha_x": alpha_x.numpy()}
+    each = profile.alpha_x[None] if profile.samples_x is None else profile.samples_x
+    alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
+    known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
+    known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x)}
     in_t = Problem(times.numpy(), reuse=reuse, variable="t", correct=correct, heard=heard, **known)
     problems = [in_t, replace(in_t, variable=logarithm)]
     rehearsed = profile.facts.get("rehearsed")

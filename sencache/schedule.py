@@ -44,6 +44,7 @@ class Problem:
     correct: bool
     part: Array = field(default_factory=_none)  # (T,) which network answers, counted along the grid; or 0
     alpha_x: Array = field(default_factory=_none)  # (T,) ||J_x||, how wrong an output is in a wrong state; or 0
+    samples_x: Array | None = None  # (S, T) of each sample
     heard: float = HEARD  # what share of echoes the search counts
 
     def __post_init__(self) -> None:
@@ -56,6 +57,11 @@ class Problem:
         Of -1 and T, where nothing is evaluated, what is said means nothing.
         """
         return np.asarray(self._parts[one] == self._parts[other])
+
+    @property
+    def rates(self) -> Array:
+        """||J_x|| of each sample, (S, T); (1, T) where only one for all is known."""
+        return self.alpha_x[None] if self.samples_x is None else self.samples_x
 
     @cached_property
     def _parts(self) -> Array:

@@ -212,6 +212,37 @@ def test_stiff_fields_do_not_collapse_where_errors_made_late_grow(rate, nfe):
     assert ours < 2.5 * fewer
 
 
+class OfTwoKinds:
+    """dx/dt = rate (x - cos 5t), the rate of every tenth sample being a high one."""
+
+    def __init__(self, samples, high):
+        self.rate = torch.full((samples, 1), 2.0, dtype=torch.float64)
+        self.rate[::10] = high
+
+    def __call__(self, x, t):
+        return self.rate * (x - torch.cos(5 * t))
+
+
+@pytest.mark.parametrize(("high", "nfe"), [(8, 12), (8, 10), (8, 8), (12, 20), (12, 15), (20, 25)])
+def test_a_few_stiff_samples_do_not_collapse_among_many_that_are_not(high, nfe):
+    x = torch.randn(120, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ts, field = grids.uniform(50), OfTwoKinds(100, high)
+    cached = CachedField(field, calibrate(OfTwoKinds(20, high), x[:20], ts, progress=False), nfe=nfe)
+    full, fewer = integrate(field, x[20:], ts), integrate(field, x[20:], grids.uniform(nfe))
+    off = [rms(end - full) for end in (cached.integrate(x[20:], ts), fewer)]
+    assert off[0][::10].median() < 3 * off[1][::10].median()
+    assert off[0].median() < 1.5 * off[1].median()
+
+
+def test_growth_is_that_of_the_sample_it_is_largest_for():
+    known = posed(waves(), alpha_x=np.full(K, 5.0))
+    each = np.random.default_rng(0).uniform(3, 18, (4, K))
+    nodes = np.array([0, 2, 5, 8, 11])
+    alone = [Errors(replace(known, alpha_x=one)).growth(nodes) for one in each]
+    assert Errors(replace(known, samples_x=each)).growth(nodes) == pytest.approx(max(alone))
+    assert max(alone) > 1.5 * min(alone)
+
+
 def test_a_gram_matrix_that_is_not_finite_is_refused_in_words():
     field, x = waves(), torch.randn(X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     profile = calibrate(field, x, TS, progress=False)

@@ -588,31 +588,6 @@ def test_an_error_asked_for_on_a_grid_shorter_than_every_rehearsal_is_paid_in_fu
         assert len(made.nodes) == 2
 
 
-GRIDS = {
-    "uniform": grids.uniform(50),
-    "shift 3": grids.shifted(50, 3.0),
-    "shift 5": grids.shifted(50, 5.0),
-    "more": grids.shifted(51, 3.0),
-    "to .05": grids.uniform(50, 1.0, 0.05),
-    "logarithmic": grids.logarithmic(50, 1.0, 0.001),
-    "Karras": grids.karras(50, Linear()),
-}
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_a_sampler_is_known_again_in_another_precision_and_others_are_told_apart(name):
-    ts = GRIDS[name]
-    assert ts.dtype == torch.float64
-    last_digits = 1 + 1e-15 * torch.randn(ts.shape, generator=seeded(4), dtype=ts.dtype)
-    assert len({sampler_name(Euler(), other) for other in (ts, ts.float(), ts * last_digits)}) == 1
-    assert len({sampler_name(Euler(), other) for other in GRIDS.values()}) == len(GRIDS)
-
-
-def test_an_error_can_be_asked_for_on_the_rehearsed_grid_in_single_precision():
-    cached = CachedField(free_field(), rehearsed(free_field()), rtol=0.05)
-    assert len(cached.plan(TS.float()).nodes) == len(cached.plan(TS).nodes) < 12
-
-
 def test_factors_are_of_the_reuse_that_was_rehearsed():
     """What was rehearsed with lines and corrections says nothing of holding without them, nor of another sampler."""
     flow = GaussianFlow(Linear())
