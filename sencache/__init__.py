@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 from sencache.assume import assumed
 from sencache.cache import CachedField
 from sencache.calibrate import calibrate
+from sencache.fingerprint import fingerprint
 from sencache.jacobian import JacobianNorms, jacobian_norms
 from sencache.norms import rms
-from sencache.profile import SensitivityProfile, fingerprint
+from sencache.profile import SensitivityProfile
 from sencache.rehearse import rehearse
 from sencache.report import Query, Report
 from sencache.run import Run

@@ -79,6 +79,9 @@ def _tensor(values: Array | Tensor) -> Tensor:
 def apart(a: Any, b: Any, norm: Norm) -> Tensor:
     """The norm (B,) float64 of a - b; of a state in several parts, the RMS over all of them."""
     norms = [norm(difference(one, two)).detach().double() for one, two in zip(tensors(a), tensors(b), strict=True)]
+    for part, each in zip(tensors(a), norms, strict=True):
+        if each.shape != (len(part),):
+            raise ValueError(f"`norm` must give a number a sample, shape ({len(part)},); got {tuple(each.shape)}.")
     if len(norms) == 1:
         return norms[0]
     sizes = [part[0].numel() for part in tensors(a)]

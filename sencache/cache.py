@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -112,8 +113,8 @@ class CachedField:
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
         self.unit = unit or ("sample" if profile is None and criterion is None else "output")
         self.correct = reuse != "hold" if correct is None else correct
-        self._plans: dict[Sampler, tuple[Stepper, Plan]] = {}  # a stepper that is kept shares its name with no other
-        self._scripts: dict[Sampler, tuple[tuple[Any, ...], Script | None]] = {}
+        self._plans: dict[Sampler, tuple[Stepper | None, Plan]] = {}  # who is kept shares an address with no other
+        self._scripts: dict[Sampler, tuple[Any, ...]] = {}  # of whom, not kept alive; of which plan, repaid or not
         self._thread = threading.local()  # every thread has its own current run
 
     def __call__(self, x: Any, t: Tensor | float, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +196,7 @@ class CachedField:
             how = (self.reuse, self.correct, self.nfe, self.rtol, regime)
             plan = plan_for(self.profile, grid, stepper, *how)
             promised = plan.promised if self.payload == "output" else math.inf  # rehearsals are of outputs
-            self._plans[name] = stepper, replace(plan, promised=promised)
+            self._plans[name] = stepper if " at 0x" in name[0] else None, replace(plan, promised=promised)
         return self._plans[name][1]
 
     def _begin(self, ts: Tensor | None, stepper: Stepper, fold: bool) -> Run:
@@ -215,12 +216,14 @@ class CachedField:
         free = self._planned() and self.payload == "output" and not hasattr(self.field, "regime")
         if not free or torch.is_grad_enabled():
             return None
-        of = stepper, self.plan(ts, stepper), self._repays(ts, stepper)
+        plan, repays = self.plan(ts, stepper), self._repays(ts, stepper)
+        if not (is_constant(stepper) and hasattr(stepper, "__weakref__")):
+            return script(stepper, plan, repays, ts)
         name = f"{stepper} {ts.dtype}", ts.double().cpu().numpy().tobytes()
-        known, found = self._scripts.get(name, ((None,) * 3, None))
-        if not is_constant(stepper) or any(one is not other for one, other in zip(known, of, strict=True)):
-            found = script(*of, ts)
-            self._scripts[name] = of, found
+        whose, of, found = self._scripts.get(name, (lambda: None, None, None))
+        if whose() is not stepper or of != (plan, repays):
+            found = script(stepper, plan, repays, ts)
+            self._scripts[name] = weakref.ref(stepper), (plan, repays), found
         return found
 
     def _planned(self) -> bool:
@@ -262,3 +265,12 @@ class CachedField:
 
 def _everywhere(tolerance: float) -> Callable[[float], float]:
     return lambda t: tolerance
+
+
+def check_bare(field: object) -> None:
+    """Raise where what is to be measured answers from memory."""
+    if isinstance(field, CachedField | Run):
+        raise TypeError(
+            f"A {type(field).__name__} answers from memory, and that is what would be measured. Give the field itself, "
+            f"`.field` of this one."
+        )

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sencache.cache import check_bare
 from sencache.norms import Norm, difference, rms
-from sencache.profile import SensitivityProfile
+from sencache.profile import SensitivityProfile, check_folder
 from solvers import Euler, Path, Stepper, VelocityField
 from solvers.loop import check_grid, check_state, check_stepper, contract
 
@@ -58,9 +59,12 @@ def calibrate(
 
     Raises ValueError for a grid or a batch that cannot be measured, and where `file` holds another measurement.
     """
+    check_bare(field)
     check_state(x)
     check_stepper(stepper)
     ts = check_grid(ts)
+    if file is not None:
+        check_folder(file)
     if stepper.adaptive:
         raise ValueError(f"Calibrate with a fixed-step method; {stepper} chooses its own steps.")
     if file is not None and hasattr(stepper, "noise"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,9 @@ def check_options(
         raise ValueError(
             f"{type(criterion).__name__} says how far outputs move; give the `tolerance` up to which they are reused."
         )
+    for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance), ("max_reuses", max_reuses)):
+        if not (value is None or isinstance(value, Real | Tensor) or (name == "tolerance" and callable(value))):
+            raise TypeError(f"`{name}` is a number; got {value!r}.")
     said = {
         name: value for name, value in (("nfe", nfe), ("rtol", rtol), ("tolerance", tolerance)) if value is not None
     }
@@ -119,10 +123,13 @@ def check_fit(profile: SensitivityProfile, ts: Tensor) -> None:
     """Raise where a grid (K + 1,) is not in the profile's unit of time or runs against its direction."""
     inside = int(profile.covers(ts[:-1].double().cpu()).sum())
     span, measured = float((ts[-1] - ts[0]).abs()), float(profile.t.max() - profile.t.min())
-    if 2 * inside < len(ts) - 1 or span < 0.02 * measured:
+    outside = 2 * inside < len(ts) - 1
+    if outside or span < 0.02 * measured:
+        steps = f"only {inside} of the grid's {len(ts) - 1} steps begin there"
         raise ValueError(
-            f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and only {inside} of the "
-            f"grid's {len(ts) - 1} steps begin there (it runs from {ts[0]:g} to {ts[-1]:g}). If that is another unit "
-            "of time, calibrate in it; if it is another part of the trajectory, calibrate on a grid that covers it."
+            f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and "
+            f"{steps if outside else 'the grid covers less than 2 % of that'} (it runs from {ts[0]:g} to {ts[-1]:g}). "
+            "If that is another unit of time, calibrate in it; if it is another part of the trajectory, calibrate on a "
+            "grid that covers it."
         )
     check_direction(profile.direction, (ts[1] - ts[0]).sign().cpu())

@@ -5,7 +5,6 @@ Shapes: M calibrated times, S calibration samples. alpha_x is a ratio of norms; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.interpolate import make_interp_spline
-from torch import Tensor, nn
+from torch import Tensor
 
 from sencache.conformal import quantile, tolerance_limit
 
@@ -65,6 +64,11 @@ class SensitivityProfile:
             if (part := getattr(self, name)) is not None:
                 part = torch.as_tensor(part).detach().cpu()
                 object.__setattr__(self, name, part.double() if part.is_floating_point() else part)
+        if self.gram is not None and self.gram.shape[1:] not in [(n, n) for n in (len(self.t), len(self.t) + 1)]:
+            raise ValueError(
+                f"`gram` must be (S, T, T) of the {len(self.t)} outputs at `t`, and the one at `end` if that was asked "
+                f"for; got shape {tuple(self.gram.shape)}."
+            )
         steps = self.t.diff()
         if not len(self.t) or not self.t.isfinite().all() or (steps * steps[:1].sign() <= 0).any():
             raise ValueError(f"`t` must be finite and strictly monotone; got {self.t.tolist()}.")
@@ -215,9 +219,7 @@ class SensitivityProfile:
         """Write a safetensors file with a JSON header, whole or not at all."""
         parts = {name: getattr(self, name) for name in ("t", "alpha_x", "alpha_t", *OPTIONAL)}
         filled = {name: part.contiguous() for name, part in parts.items() if part is not None}
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {target.parent} to save the profile in: make it first.")
+        target = check_folder(path)
         partial = target.with_name(target.name + ".partial")
         save_file(filled, partial, {"format": FORMAT, "facts": json.dumps(dict(self.facts))})
         os.replace(partial, target)
@@ -238,7 +240,10 @@ class SensitivityProfile:
             raise ValueError(
                 f"Expected {FORMAT!r} in {path}; got {came}. An authors' .npz is read by `SensitivityProfile.from_npz`."
             )
-        return cls(**parts, facts=json.loads(header["facts"]))
+        try:
+            return cls(**parts, facts=json.loads(header["facts"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no whole profile ({error}). Calibrate and save it again.") from error
 
     @classmethod
     def from_npz(cls, path: str | Path, numel: int) -> SensitivityProfile:
@@ -262,6 +267,9 @@ class SensitivityProfile:
                 raise ValueError(f"Expected {', '.join(missing)} in {path}; got {', '.join(file.files)}.")
             found = [name for name in names if name in file.files]
             parts = {name: torch.from_numpy(file[name].astype(np.float64)).flatten() for name in found}
+        sizes = {name: len(part) for name, part in parts.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Expected as many values of everything in {path}; got {sizes}. Ask for it again.")
         order = parts["timesteps"].argsort(descending=True)
         unmeasured = parts.get("sample_counts", torch.ones_like(order)) == 0
         alpha_x = parts["J_x_norm"].masked_fill(unmeasured | (parts["J_x_norm"] == 0), torch.nan)
@@ -270,22 +278,15 @@ class SensitivityProfile:
         return cls(parts["timesteps"][order], alpha_x[order], alpha_t[order], facts=facts)
 
 
+def check_folder(path: str | Path) -> Path:
+    """Where a profile is to be saved; raises FileNotFoundError where there is no such folder."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {target.parent} to save the profile in: make it first.")
+    return target
+
+
 def _around(nfe: int, values: Mapping[int, float]) -> float:
     """The larger of the values, by rising budget, of those on both sides of `nfe`."""
     below, above = ([value for n, value in values.items() if side(n, nfe)] for side in (le, ge))
     return max(below[-1], above[0]) if below and above else math.inf
-
-
-def fingerprint(model: nn.Module | Mapping[str, Tensor], *options: object) -> str:
-    """A short name for a model and the options that change its output, from its weights' names, shapes and values.
-
-    model: the module, or its weights by name where these are kept elsewhere.
-
-    Of a large parameter 64 values are read, spread over it: enough to tell two models, or two checkpoints, apart.
-    """
-    digest = hashlib.sha256(repr(options).encode())
-    for name, value in sorted((model.state_dict() if isinstance(model, nn.Module) else model).items()):
-        flat = value.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].double().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]

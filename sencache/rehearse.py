@@ -15,13 +15,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sencache.cache import CachedField
+from sencache.cache import CachedField, check_bare
+from sencache.checks import check_profile
 from sencache.memory import one_network
 from sencache.norms import difference, rms
 from sencache.plan import influence, sampler_name
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper, VelocityField, WhiteNoise, integrate
-from solvers.loop import check_stepper
+from solvers.loop import check_grid, check_stepper
 
 EULER = Euler()
 
@@ -48,7 +49,10 @@ def rehearse(
     """
     if isinstance(getattr(stepper, "noise", None), WhiteNoise):
         raise ValueError("Runs with fresh noise cannot be compared: rehearse with a `BrownianPath`, drawn once.")
+    check_bare(field)
+    check_profile(profile)
     check_stepper(stepper)
+    ts = check_grid(ts)
     if type(stepper).__repr__ is object.__repr__:
         raise ValueError(
             f"A rehearsal is of one stepper, known by its `repr`, and {type(stepper).__name__} has none that tells its "

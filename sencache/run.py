@@ -227,10 +227,13 @@ def _evaluate(
         stack = field.stack(x, t, *args, **kwargs)
         return field.head(x, t, stack, *args, **kwargs), stack
 
-    if needed.all():
-        return both(field, x, t), needed
-    if not hasattr(field, "select"):
-        return take(needed, both(field, x, t)), np.ones_like(needed)
+    if needed.all() or not hasattr(field, "select"):
+        y, stack = both(field, x, t)
+        for part in tensors(y):
+            if not part.ndim or len(part) != len(needed):
+                came = tuple(part.shape)
+                raise ValueError(f"The field must return an output a sample, shape ({len(needed)}, ...); got {came}.")
+        return take(needed, (y, stack)), np.ones_like(needed)
     own_times = isinstance(t, Tensor) and t.ndim > 0 and len(t) == len(needed)
     few, count = field.select(torch.from_numpy(needed.nonzero()[0])), int(needed.sum())
     y, stack = both(few, take(needed, x), take(needed, t) if own_times else t)

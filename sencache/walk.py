@@ -150,8 +150,6 @@ class Walk:
         kept = y.detach().clone()
         self.outputs = (kept, *(part.to(kept.dtype) for part in self.outputs[:2])) if j else (kept, kept, kept)
         moved = apart(kept, self.outputs[1], self.norm)
-        if moved.shape != (len(y),):
-            raise ValueError(f"`norm` must give a number a sample, shape ({len(y)},); got {tuple(moved.shape)}.")
         across = moved if j == 0 or self.script.evaluated[j - 1] else apart(kept, self.outputs[2], self.norm)
         self.apart.append(torch.stack([moved, across]))
         return y

@@ -111,6 +111,9 @@ class BrownianPath:
         steps = [fresh(x, t, t_next) for t, t_next in pairwise(self.ts)]
         self.w = torch.cat([torch.zeros_like(x)[None], torch.stack(steps).cumsum(0)])  # (K + 1, B, ...)
 
+    def __repr__(self) -> str:
+        return f"BrownianPath({len(self.ts) - 1} steps)"
+
     def __call__(self, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         if x.shape != self.w.shape[1:]:
             came, held = tuple(x.shape), tuple(self.w.shape[1:])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from sencache import CachedField, SensitivityProfile, strict_start
-from solvers import grids
+from sencache import CachedField, SensitivityProfile, calibrate, strict_start
+from solvers import BrownianPath, EulerMaruyama, Linear, grids
 from tests.flows import linear_flow
 
 Paper = partial(CachedField, reuse="hold", correct=False)  # its rule to the letter
@@ -352,6 +352,23 @@ def count(x):
 
 
 # requirement 6: nothing is held after a run
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_no_stepper_s_noise_is_held_after_a_run(correct):
+    field, ts = lambda x, t: -x, torch.linspace(0.95, 0.05, 13, dtype=torch.float64)
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cached, gone = None, []
+    for _ in range(3):
+        noise = BrownianPath(x, ts, torch.Generator().manual_seed(1))
+        stepper = EulerMaruyama(Linear(), noise)
+        cached = cached or CachedField(field, calibrate(field, x, ts, stepper, progress=False), nfe=6, correct=correct)
+        with torch.no_grad():
+            cached.integrate(x, ts, stepper)
+        gone.append(weakref.ref(noise))
+        del noise, stepper
+    gc.collect()
+    assert [one() for one in gone] == [None] * 3
 
 
 def held(shape):

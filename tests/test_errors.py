@@ -68,6 +68,12 @@ def test_a_rule_that_makes_no_sense_is_refused_at_once(options, words):
         cached(**options)
 
 
+@pytest.mark.parametrize("name", ["nfe", "rtol", "tolerance", "max_reuses"])
+def test_a_word_is_no_number(name):
+    with pytest.raises(TypeError, match=rf"`{name}` is a number; got 'three'"):
+        cached(**{"tolerance": None if name in ("nfe", "rtol") else 0.1, name: "three"})
+
+
 @pytest.mark.parametrize("options", [{}, {"nfe": 3}, {"rtol": 0.1}], ids=str)
 def test_without_a_profile_a_tolerance_is_asked_for(options):
     with pytest.raises(ValueError, match=r"Without a profile give `tolerance`.*calibrate first"):
@@ -197,8 +203,29 @@ def test_what_is_no_profile_is_refused(wrong):
 
 
 def test_a_profile_is_not_saved_where_there_is_no_folder(tmp_path):
+    file = tmp_path / "nowhere" / "p.safetensors"
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere to save the profile in"):
-        PROFILE.save(tmp_path / "nowhere" / "p.safetensors")
+        PROFILE.save(file)
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere to save the profile in"):
+        calibrate(lambda x, t: pytest.fail("this was paid for"), X, TS, file=file, progress=False)
+
+
+def test_what_answers_from_memory_is_not_measured():
+    measured = calibrate(decay, X, TS, progress=False)
+    with cached().run() as run:
+        for memory in (cached(), run):
+            with pytest.raises(TypeError, match=r"(CachedField|Run) answers from memory.*Give the field itself"):
+                calibrate(memory, X, TS, progress=False)
+            with pytest.raises(TypeError, match=r"(CachedField|Run) answers from memory.*Give the field itself"):
+                rehearse(memory, measured, X, TS)
+
+
+def test_a_rehearsal_takes_the_grids_that_calibration_takes_and_a_profile():
+    profile = calibrate(decay, X, TS, progress=False)
+    named = rehearse(decay, profile, X, TS.tolist()).facts["rehearsed"]
+    assert named == rehearse(decay, profile, X, TS).facts["rehearsed"]
+    with pytest.raises(TypeError, match=r"Expected a profile after the field.*got NoneType"):
+        rehearse(decay, None, X, TS)
 
 
 @pytest.mark.parametrize("t", [torch.ones(5), torch.ones(3, 1), np.ones(5)], ids=["(5,)", "(3, 1)", "numpy"])
@@ -228,6 +255,10 @@ PROFILES = {
     "no time": (lambda: SensitivityProfile(grid(1, math.nan), ONES[:2], ONES[:2]), r"finite and strictly monotone"),
     "nothing": (lambda: SensitivityProfile(TS[:0], ONES[:0], ONES[:0]), r"finite and strictly monotone; got \[\]"),
     "negative": (lambda: SensitivityProfile(TS, -ONES, ONES), r"cannot be negative; use NaN where one could not"),
+    "gram": (
+        lambda: SensitivityProfile(TS, ONES, ONES, gram=torch.ones(2, 7, 7)),
+        r"`gram` must be \(S, T, T\) of the 5 outputs at `t`.*got shape \(2, 7, 7\)",
+    ),
 }
 
 
@@ -257,6 +288,9 @@ def test_an_authors_file_that_is_none_is_refused(tmp_path):
         SensitivityProfile.from_npz(file, numel=4)
     with pytest.raises(ValueError, match=r"`numel` is the number of elements.*at least 1; got 0"):
         SensitivityProfile.from_npz(file, numel=0)
+    np.savez(file, timesteps=np.ones(3), J_x_norm=np.ones(3), J_t_norm=np.ones(2))
+    with pytest.raises(ValueError, match=r"as many values of everything in .*p.npz; got .*'J_t_norm': 2"):
+        SensitivityProfile.from_npz(file, numel=4)
 
 
 @pytest.mark.parametrize("wrong", [dict(iterations=0), dict(probes=0)], ids=str)
@@ -289,6 +323,20 @@ def test_after_an_error_the_next_run_is_whole():
         fails.integrate(X, TS)
     fails.field = decay
     assert torch.equal(fails.integrate(X, TS), field.integrate(X, TS))
+
+
+@pytest.mark.parametrize(("shape", "words"), [((), r"\(\)"), ((3, 3), r"\(3, 3\)")], ids=str)
+def test_outputs_of_another_number_of_samples_are_refused_in_loops_of_others(shape, words):
+    called = CachedField(lambda x, t: torch.ones(shape), PROFILE, tolerance=0.1)
+    with pytest.raises(ValueError, match=rf"an output a sample, shape \(2, ...\); got {words}"):
+        called(X, 1.0)
+
+
+@pytest.mark.parametrize("how", [dict(nfe=2), dict(tolerance=0.1)], ids=str)
+def test_a_norm_of_the_whole_batch_is_refused(how):
+    profile = calibrate(decay, X, TS, progress=False)
+    with pytest.raises(ValueError, match=r"`norm` must give a number a sample, shape \(2,\); got \(\)"):
+        CachedField(decay, profile, norm=torch.linalg.vector_norm, **how).integrate(X, TS)
 
 
 def test_a_selection_of_another_number_of_samples_is_refused():

@@ -588,6 +588,15 @@ def test_an_error_asked_for_on_a_grid_shorter_than_every_rehearsal_is_paid_in_fu
         assert len(made.nodes) == 2
 
 
+@pytest.mark.parametrize("ends", [(1.0, -1.0), (0.0, 2.0)])
+def test_a_grid_that_passes_the_data_is_planned_in_t(ends):
+    """There a logarithm of the distance to the data comes to the same value twice."""
+    ts, field = torch.linspace(*ends, 21, dtype=torch.float64), free_field()
+    plan = CachedField(field, calibrated(field, ts), nfe=10).plan(ts)
+    assert plan.variable == "t"
+    assert math.isfinite(plan.relative_error)
+
+
 def test_factors_are_of_the_reuse_that_was_rehearsed():
     """What was rehearsed with lines and corrections says nothing of holding without them, nor of another sampler."""
     flow = GaussianFlow(Linear())

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import sencache.profile
 from sencache import CachedField, SensitivityProfile, fingerprint
+from sencache.profile import FORMAT
 from solvers import grids
 
 Paper = partial(CachedField, reuse="hold", correct=False)  # its rule to the letter
@@ -163,6 +164,22 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
         SensitivityProfile.load(file)
 
 
+@pytest.mark.parametrize("damage", ["no times", "no facts", "no JSON", "another tensor", "another shape"])
+def test_a_profile_of_which_a_part_is_missing_or_wrong_is_an_error(damage, tmp_path):
+    parts, header = {name: torch.ones(1) for name in ("t", "alpha_x", "alpha_t")}, {"format": FORMAT, "facts": "{}"}
+    if damage == "no times":
+        parts.pop("t")
+    if damage == "no facts":
+        header.pop("facts")
+    if damage == "no JSON":
+        header["facts"] = "{"
+    if damage.startswith("another"):
+        parts["beta" if damage == "another tensor" else "alpha_t"] = torch.ones(2)
+    save_file(parts, tmp_path / "p.safetensors", header)
+    with pytest.raises(ValueError, match=r"p.safetensors holds no whole profile.*Calibrate and save it again"):
+        SensitivityProfile.load(tmp_path / "p.safetensors")
+
+
 def test_a_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         SensitivityProfile.load(tmp_path / "none.safetensors")
@@ -268,6 +285,11 @@ def test_a_profile_in_another_unit_of_time_is_refused(ts):
         ValueError, match=r"measured for t in \[0, 1\].*only \d of the grid's 10 steps begin there.*unit"
     ):
         Paper(lambda x, t: -x, constant(grids.uniform(10)), tolerance=0.1).integrate(X, ts)
+
+
+def test_a_grid_of_a_small_part_of_the_profile_is_refused():
+    with pytest.raises(ValueError, match=r"measured for t in \[0, 1\], and the grid covers less than 2 % of that"):
+        Paper(lambda x, t: -x, constant(grids.uniform(10)), tolerance=0.1).integrate(X, grids.uniform(3, 0.5, 0.49))
 
 
 def test_a_grid_that_begins_a_little_outside_is_integrated():

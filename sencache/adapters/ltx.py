@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sencache.adapters.guided import Conditioning, Guided
-from sencache.profile import fingerprint
+from sencache.fingerprint import fingerprint
 from solvers import Linear
 
 

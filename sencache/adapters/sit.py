@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from sencache.adapters.guided import Conditioning, Guided
-from sencache.profile import fingerprint
+from sencache.fingerprint import fingerprint
 from solvers import Linear
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sencache.adapters.guided import Conditioning, Guided
-from sencache.profile import fingerprint
+from sencache.fingerprint import fingerprint
 from solvers import Linear
 
 

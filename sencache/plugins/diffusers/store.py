@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sencache.profile import SensitivityProfile, fingerprint
+from sencache.fingerprint import fingerprint
+from sencache.profile import SensitivityProfile
 
 
 def default_folder() -> Path:
