@@ -1,7 +1,7 @@
 """The fields that everything is compared on: how each is sampled, and how its samples are looked at.
 
 Every model is sampled as its big brother is: Wan and LTX by Euler on shifted grids, CogVideoX by DDIM. Seeds come in
-three sets that never meet (`benchmarks.shipped.SEEDS`), and with the seeds the scenes or classes.
+three sets that never meet (`benchmarks.shipped.SEEDS`); scenes are drawn for each, so some are in two of them.
 Shapes: samples x (B, ...) as the model has them; pixels (B, C, H, W) or (B, C, F, H, W) in [-1, 1].
 """
 

@@ -1,6 +1,7 @@
 """Everybody on every field at equal evaluations: the tables that tell whether to adopt this.
 
-    python -m benchmarks.comparison [--quick] [--fields wan ...] [--methods ours ...] [--samples 32] [--choose]
+    python -m benchmarks.comparison [--quick] [--fields wan ...] [--methods ours ...] [--budgets 25 ...] [--samples 32]
+                                    [--choose]
     python -m benchmarks.comparison --seconds    # nothing but those, of what is in the results
 
 The reference of a sample is the same sampler with all 50 evaluations, the truth its ODE solved with 200 steps of UniPC.
@@ -15,34 +16,28 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import torch
-from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from benchmarks.cases import STEPS, Case, cases
-from benchmarks.methods import FORECAST, HOLD, METHODS, Method, Outcome, free_solvers, peer_settings, plain
+from benchmarks.leads import draw, tables
+from benchmarks.methods import METHODS, Method, Outcome, free_solvers, peer_settings, plain
 from benchmarks.metrics import psnr, ssim, stlpips
 from benchmarks.results import Result, environment, read, summary, write
-from benchmarks.written import TITLES, Row, markdown, publish
+from benchmarks.written import markdown, publish
 from solvers import UniPC, integrate
 
 BUDGETS = (25, 20, 15, 10)
-OURS = ("ours", "ours-unipc", "ours-fine")  # calibrated, with all that we know
-WITHOUT = ("ours-uncalibrated", "ours-assumed")
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SETTINGS = RESULTS / "settings.json"
 TRUE_STEPS = 200
-CHOSEN_ON, PEERS_CHOSEN_ON = 4, 1  # samples of the choosing seeds
+CHOSEN_ON, ADAPTIVE_CHOSEN_ON = 4, 2  # samples of the choosing seeds; two of peers that run them one by one
 SLACK = 0.5  # evaluations that a setting may cost above the budget
 
 
@@ -82,15 +77,33 @@ class Comparison:
         )
 
     def knob(self, method: Method, nfe: int, measured: Any) -> Any:
-        """The knob at which these samples, of the choosing seeds, cost at most `nfe`; None where none does."""
+        """With what these samples, of the choosing seeds, come nearest at a cost of `nfe`; None where they cannot."""
         case, samples = self.case, self.samples
+
+        def run(knob: Any) -> Outcome:
+            return method.sample(case, samples, nfe, knob, measured)
+
+        def with_tolerance(option: dict[str, Any], tolerance: float) -> Outcome:
+            return run(option | {"tolerance": tolerance})
+
         if method.knob == "free":
-            ends = {name: plain(samples, *run).x for name, run in free_solvers(case, nfe).items()}
+            ends = {name: plain(samples, *how).x for name, how in free_solvers(case, nfe).items()}
             return max(ends, key=lambda name: float(psnr(case.pixels(ends[name]), self.truth).median()))
+        if not method.options:
+            return self.tolerance(run, nfe)
+        knobs = list(method.options)
+        if method.knob == "tolerance":
+            found = [(o, self.tolerance(partial(with_tolerance, o), nfe)) for o in method.options]
+            knobs = [option | {"tolerance": each} for option, each in found if each is not None]
+        near = [float(psnr(case.pixels(run(knob).x), self.reference).median()) for knob in knobs]
+        return knobs[near.index(max(near))] if near else None
+
+    def tolerance(self, run: Callable[[float], Outcome], nfe: int) -> float | None:
+        """The tolerance at which a run costs at most `nfe` and half an evaluation, by bisection; None if none does."""
         low, high, found = math.log(1e-4), math.log(1e3), None
         for _ in range(10):
             middle = (low + high) / 2
-            spent = method.sample(case, samples, nfe, math.exp(middle), measured).evaluations
+            spent = run(math.exp(middle)).evaluations
             found = math.exp(middle) if spent <= nfe + SLACK else found
             low, high = (middle, high) if spent > nfe else (low, middle)
             if abs(spent - nfe) <= SLACK / 2:
@@ -104,7 +117,9 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def choose(case: Case, count: int, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+def choose(
+    case: Case, count: int, budgets: tuple[int, ...], names: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """What the methods of these names, by default all, measure beforehand, and their knobs by budget."""
     bench, found = Comparison(case, count, "choosing"), {}
     methods = [METHODS[name] for name in names or METHODS if METHODS[name].runs_on(case)]
@@ -112,11 +127,11 @@ def choose(case: Case, count: int, names: Sequence[str] | None = None) -> dict[s
         measured = method.measure(case) if method.measure else None
         mine = {"measured": measured} if method.measure else {}
         if method.peer:
-            few = case.samples(PEERS_CHOSEN_ON, "choosing")
-            settings = peer_settings(case, few, method.peer, BUDGETS)
-            mine |= {str(nfe): setting for nfe, setting in zip(BUDGETS, settings, strict=True)}
+            some = case.samples(ADAPTIVE_CHOSEN_ON if method.peer.adaptive else count, "choosing")
+            settings = peer_settings(case, some, method.peer, budgets)
+            mine |= {str(nfe): setting for nfe, setting in zip(budgets, settings, strict=True)}
         elif method.knob:
-            mine |= {str(nfe): bench.knob(method, nfe, measured) for nfe in BUDGETS}
+            mine |= {str(nfe): bench.knob(method, nfe, measured) for nfe in budgets}
         if mine:
             found[method.name] = mine
     return found
@@ -137,7 +152,13 @@ def compare(
         for method in tqdm(methods, desc=f"{case.name} at {nfe}"):
             found = settings.get(method.name, {})
             wanted = ["measured"] * bool(method.measure) + [str(nfe)] * bool(method.knob)
-            if all(found.get(name) is not None for name in wanted):
+            missing = [name for name in wanted if name not in found]
+            if missing:
+                raise ValueError(
+                    f"{SETTINGS.name} has no {' and no '.join(missing)} for {method.name} on {case.name}. Run this "
+                    f"with --choose --fields {case.name} --methods {method.name} --budgets {nfe}; or leave it out."
+                )
+            if all(found[name] is not None for name in wanted):
                 results.append(bench.result(method, nfe, found))
     return results
 
@@ -158,107 +179,44 @@ def timed(case: Case, results: list[Result], settings: dict[str, dict[str, Any]]
     return found
 
 
-def tables(results: list[Result]) -> dict[str, list[Row]]:
-    """As they are to be read: by how much ours leads, and for every field who came how near to what."""
-    leads = margins(results)
-    found = {"What ours is above the best other, dB": leads} if leads else {}
-    for name in dict.fromkeys(result.field for result in results):
-        mine = [result for result in results if result.field == name and result.method != "all-steps"]
-        itself = next(result.psnr_true for result in results if result.field == name and result.method == "all-steps")
-        title = TITLES[name]
-        near = f"{title}: PSNR to all 50 evaluations, dB, median (worst decile; standard error)"
-        found[near] = _by_budget(mine, lambda r: f"{r.psnr:.1f} ({r.psnr_p10:.1f}; {r.psnr_se:.1f})")
-        found[f"{title}: SSIM · ST-LPIPS"] = _by_budget(mine, lambda r: f"{r.ssim:.4f} · {r.stlpips:.5f}")
-        true = f"{title}: PSNR to the true ODE, dB, where all 50 evaluations have {itself:.1f}"
-        found[true] = _by_budget(mine, lambda r: f"{r.psnr_true:.1f}")
-    return found
-
-
-def _by_budget(results: list[Result], cell: Callable[[Result], str]) -> list[Row]:
-    """A row a method, a column a budget."""
-    budgets = sorted({result.nfe for result in results}, reverse=True)
-    known = {(result.method, result.nfe): cell(result) for result in results}
-    methods = dict.fromkeys(result.method for result in results)
-    return [{"method": method} | {str(nfe): known.get((method, nfe), "-") for nfe in budgets} for method in methods]
-
-
-def margins(results: list[Result]) -> list[Row]:
-    """Of each field and budget: ours over the best that hold, over the best that forecast, and against the true ODE."""
-    rows = []
-    for name, nfe in dict.fromkeys((result.field, result.nfe) for result in results if result.method != "all-steps"):
-        mine = {result.method: result for result in results if (result.field, result.nfe) == (name, nfe)}
-        if not mine.keys() >= {"ours", "fewer-steps", "fewer-steps-unipc"}:
-            continue  # measured in part
-        row = {"field": TITLES[name], "evaluations": str(nfe)}
-        for title, others in (("best that holds", HOLD), ("best forecasting peer", FORECAST)):
-            best = max((mine[other] for other in others if other in mine), key=lambda r: r.psnr, default=None)
-            row[title] = f"{mine['ours'].psnr - best.psnr:+.1f} ({best.method})" if best else "-"
-        free = max(mine["fewer-steps"].psnr, mine["fewer-steps-unipc"].psnr)
-        row["fewer steps"] = f"{mine['ours'].psnr - free:+.1f}"
-        best_true = max(line.psnr_true for method, line in mine.items() if method in OURS)
-        row["to the true ODE, best free solver"] = f"{best_true - mine['fewer-steps-unipc'].psnr_true:+.1f}"
-        rows.append(row)
-    return rows
-
-
-def draw(results: list[Result], measure: str, label: str, file: Path) -> None:
-    """Error against evaluations (above) and seconds (below), a field a column, a curve a method."""
-    fields = list(dict.fromkeys(result.field for result in results))
-    methods = [name for name in dict.fromkeys(result.method for result in results) if name != "all-steps"]
-    others = [name for name in methods if not name.startswith("ours")]
-    colours: dict[str, Any] = {name: plt.get_cmap("tab20")(number % 20) for number, name in enumerate(others)}
-    colours |= dict(zip((*OURS, *WITHOUT), ("black", "royalblue", "crimson", "0.5", "darkorange"), strict=True))
-    figure, axes = plt.subplots(2, len(fields), figsize=(4 * len(fields), 7.5), layout="constrained", squeeze=False)
-    for column, field in enumerate(fields):
-        for row, cost in enumerate(("evaluations", "seconds")):
-            axis = axes[row][column]
-            for name in methods:
-                mine = [result for result in results if (result.field, result.method) == (field, name)]
-                style = dict(lw=2.2, marker="o", ms=5) if name.startswith("ours") else dict(lw=1, marker="s", ms=3)
-                axis.plot(
-                    [getattr(result, cost) for result in mine],
-                    [getattr(result, measure) for result in mine],
-                    color=colours[name],
-                    label=name,
-                    **style,
-                )
-            axis.set_xlabel("evaluations a sample" if row == 0 else "seconds a sample")
-            axis.grid(alpha=0.3)
-        axes[0][column].set_title(TITLES[field])
-    for row in axes:
-        row[0].set_ylabel(label)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
 def main(
     names: list[str], methods: list[str] | None, count: int, budgets: tuple[int, ...], choosing: bool, folder: Path
 ) -> None:
     """Measure, field by field, and write what there is after each."""
-    settings = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
     for name in names:
         case = cases()[name]
-        if choosing or name not in settings:
-            settings[name] = settings.get(name, {}) | choose(case, CHOSEN_ON, methods if name in settings else None)
+        if choosing or name not in known_settings():
+            found = choose(case, CHOSEN_ON, budgets, methods if name in known_settings() else None)
+            settings = known_settings()  # others may have written meanwhile
+            mine = settings.setdefault(name, {})
+            mine |= {method: mine.get(method, {}) | knobs for method, knobs in found.items()}
             SETTINGS.write_text(json.dumps(settings) + "\n")
-        merge(compare(case, count, budgets, settings[name], methods), folder)
+        lines = compare(case, count, budgets, known_settings()[name], methods)
+        asked = {(name, method, nfe) for method in methods or METHODS for nfe in budgets}
+        merge(lines, folder, gone=asked - {line[:3] for line in lines})
 
 
-def again(names: list[str], folder: Path) -> None:
-    """Take the seconds anew of all lines of these fields."""
-    settings = json.loads(SETTINGS.read_text())
+def known_settings() -> dict[str, dict[str, dict[str, Any]]]:
+    """By field, method and budget."""
+    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+
+
+def again(names: list[str], methods: list[str] | None, folder: Path) -> None:
+    """Take the seconds anew of all lines of these fields and methods."""
     for name in names:
         lines = [line for line in read(folder / "comparison.csv") if line.field == name]
-        merge(timed(cases()[name], lines, settings[name]), folder)
+        lines = [line for line in lines if methods is None or line.method in methods]
+        merge(timed(cases()[name], lines, known_settings()[name]), folder)
 
 
-def merge(lines: list[Result], folder: Path) -> None:
-    """Write these lines, each in the place of the old one of its field, method and budget, or else behind them all."""
+def merge(lines: list[Result], folder: Path, gone: Collection[tuple[Any, ...]] = ()) -> None:
+    """Write these lines, each in the place of the old one of its field, method and budget, or else behind them all.
+
+    gone: of which of those the old lines hold no longer.
+    """
     file = folder / "comparison.csv"
     old = read(file) if file.exists() else []
-    write(list({line[:3]: line for line in [*old, *lines]}.values()), file)
+    write(list({line[:3]: line for line in [*old, *lines] if line[:3] not in gone}.values()), file)
 
 
 def present(folder: Path) -> None:
@@ -278,17 +236,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fields", nargs="+", choices=list(cases()), default=list(cases()), help="by default all")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="by default all")
-    parser.add_argument("--samples", type=int, default=16, help="to report on, of each field (default 16)")
-    parser.add_argument("--quick", action="store_true", help="4 samples, 25 and 15 evaluations, into build/")
+    parser.add_argument("--samples", type=int, help="to report on, of each field (default 16, quick 4)")
+    parser.add_argument("--budgets", nargs="+", type=int, help="of evaluations (default 25 20 15 10, quick 25 15)")
+    parser.add_argument("--quick", action="store_true", help="few samples and budgets, into build/")
     parser.add_argument("--seconds", action="store_true", help="only time what was measured again; nothing else runs")
     parser.add_argument("--choose", action="store_true", help="find the methods' settings anew, on the choosing seeds")
     options = parser.parse_args()
-    some, most = (4, BUDGETS[::2]) if options.quick else (options.samples, BUDGETS)
+    some = options.samples or (4 if options.quick else 16)
+    most = tuple(options.budgets or (BUDGETS[::2] if options.quick else BUDGETS))
     out = ROOT / "build/bench" if options.quick else RESULTS
     out.mkdir(parents=True, exist_ok=True)
     torch.set_grad_enabled(False)
     if options.seconds:
-        again(options.fields, out)
+        again(options.fields, options.methods, out)
     else:
         main(options.fields, options.methods, some, most, options.choose, out)
     present(out)

@@ -46,8 +46,9 @@ class Outcome(NamedTuple):
 class Method:
     """How a method samples, and what has to be found for it first.
 
-    sample: (case, samples, nfe, knob, measured) -> outcome. knob: which kind it has: a "tolerance", one of the "free"
-        solvers, a setting of a "peer", or none. measure: of the field, beforehand.
+    sample: (case, samples, nfe, knob, measured) -> outcome. knob: which kind it has: a "tolerance", an "option", one of
+        the "free" solvers, a setting of a "peer", or none. options: those, and of a tolerance what there is to choose
+        from beside it, when the knob is a dictionary of both. measure: of the field, beforehand.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Method:
     knob: str | None = None
     measure: Callable[[Case], Any] | None = None
     peer: peers.Peer | None = None
+    options: tuple[dict[str, Any], ...] = ()
 
     @property
     def timed(self) -> Callable[..., Outcome]:
@@ -112,37 +114,39 @@ def sencache_paper(case: Case, samples: Samples, nfe: int, knob: float, measured
     return cached(case, samples, profile=case.profile, **rule)
 
 
-def sencache_rule(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
+def sencache_rule(case: Case, samples: Samples, nfe: int, knob: dict[str, float], measured: None) -> Outcome:
     """Eq. 10 alone, on outputs: no strict start."""
-    n = 3 if nfe > 12 else math.inf
-    return cached(case, samples, profile=case.profile, tolerance=knob, max_reuses=n, reuse="hold")
+    n, tolerance = knob["max_reuses"], knob["tolerance"]
+    return cached(case, samples, profile=case.profile, tolerance=tolerance, max_reuses=n, reuse="hold")
 
 
-def held(case: Case, samples: Samples, criterion: Any, payload: str = "blocks", **options: Any) -> Outcome:
-    return cached(case, samples, criterion=criterion, reuse="hold", payload=payload, **options)
+def as_published(
+    case: Case, samples: Samples, criterion: Any, payload: str = "blocks", reuse: str = "hold", **options: Any
+) -> Outcome:
+    return cached(case, samples, criterion=criterion, reuse=reuse, correct=False, payload=payload, **options)
 
 
-def teacache(case: Case, samples: Samples, nfe: int, knob: float, measured: list[float]) -> Outcome:
-    return held(case, samples, TeaCache(samples.field.modulated, measured, case.grid()), tolerance=knob)
+def teacache(case: Case, samples: Samples, nfe: int, knob: dict[str, Any], measured: list[float]) -> Outcome:
+    criterion = TeaCache(samples.field.modulated, measured, case.grid(), first=knob["first"], last=knob["last"])
+    return as_published(case, samples, criterion, tolerance=knob["tolerance"])
 
 
-def magcache(case: Case, samples: Samples, nfe: int, knob: float, measured: list[float]) -> Outcome:
-    """K = 4 as the authors' fast setting for Wan; unlimited and with less retention where that cannot go."""
-    retention, most = 0.2 if nfe > 12 else 0.1, 4 if nfe >= 20 else math.inf
-    return held(case, samples, MagCache(measured, case.grid(), retention=retention), tolerance=knob, max_reuses=most)
+def magcache(case: Case, samples: Samples, nfe: int, knob: dict[str, float], measured: list[float]) -> Outcome:
+    criterion = MagCache(measured, case.grid(), retention=knob["retention"])
+    return as_published(case, samples, criterion, tolerance=knob["tolerance"], max_reuses=knob["max_reuses"])
 
 
-def easycache(case: Case, samples: Samples, nfe: int, knob: float, measured: None) -> Outcome:
-    """Ten steps of warm-up as the authors take for Wan, five at the least budget."""
-    return held(case, samples, EasyCache(case.grid(), warmup=10 if nfe > 12 else 5), "difference", tolerance=knob)
+def easycache(case: Case, samples: Samples, nfe: int, knob: dict[str, Any], measured: None) -> Outcome:
+    criterion = EasyCache(case.grid(), warmup=knob["warmup"])
+    return as_published(case, samples, criterion, "difference", tolerance=knob["tolerance"])
 
 
 def lemica_path(case: Case, samples: Samples, nfe: int, knob: None, measured: list[list[float]]) -> Outcome:
-    return held(case, samples, lemica(measured, case.grid(), nfe, case.stepper))
+    return as_published(case, samples, lemica(measured, case.grid(), nfe, case.stepper))
 
 
-def evenly(case: Case, samples: Samples, nfe: int, knob: None, measured: None) -> Outcome:
-    return held(case, samples, uniform(case.grid(), nfe, case.stepper))
+def evenly(case: Case, samples: Samples, nfe: int, knob: dict[str, bool], measured: None, **options: Any) -> Outcome:
+    return as_published(case, samples, uniform(case.grid(), nfe, case.stepper, **knob), **options)
 
 
 def measured_teacache(case: Case) -> list[float]:
@@ -200,11 +204,17 @@ def peer_settings(
     case: Case, samples: Samples, who: peers.Peer, budgets: tuple[int, ...]
 ) -> list[peers.Setting | None]:
     """A peer's setting for each budget, None where it cannot be had for it."""
-    on = task(case, samples)
-    costs = None if who.knob else peers.listed_costs(who, on)
-    return [peers.setting_for(who, on, who.cost(nfe, STEPS, BLOCKS), costs) for nfe in budgets]
+    costs = [who.cost(nfe, STEPS, BLOCKS) for nfe in budgets]
+    return peers.settings_for(who, task(case, samples), costs)
 
 
+REUSES = ({"max_reuses": 3}, {"max_reuses": 5}, {"max_reuses": STEPS})  # n of the paper's rule; the last is no limit
+TEACACHE = ({"first": 1, "last": 1}, {"first": 5, "last": 0})  # the authors' two
+EVENLY = ({"last": False}, {"last": True})
+MAGCACHE = tuple(  # the authors' retention and K = 4 for Wan come first; less and no limit where more is to be saved
+    {"retention": share, "max_reuses": most} for share in (0.2, 0.1) for most in (4, STEPS)
+)
+EASYCACHE = tuple({"warmup": steps} for steps in (10, 5, 2))  # the authors take ten for Wan
 NAMES = {
     "FirstBlockCache": "first-block-cache",
     "MagCache": "magcache-diffusers",
@@ -225,12 +235,13 @@ METHODS = {
         Method("ours-uncalibrated", ours_uncalibrated, "tolerance"),
         Method("ours-assumed", ours_assumed),
         Method("sencache-paper", sencache_paper, "tolerance"),
-        Method("sencache-rule", sencache_rule, "tolerance"),
-        Method("teacache", teacache, "tolerance", measured_teacache),
-        Method("magcache", magcache, "tolerance", measured_magcache),
-        Method("easycache", easycache, "tolerance"),
+        Method("sencache-rule", sencache_rule, "tolerance", options=REUSES),
+        Method("teacache", teacache, "tolerance", measured_teacache, options=TEACACHE),
+        Method("magcache", magcache, "tolerance", measured_magcache, options=MAGCACHE),
+        Method("easycache", easycache, "tolerance", options=EASYCACHE),
         Method("lemica", lemica_path, None, measured_lemica),
-        Method("uniform", evenly),
+        Method("uniform", evenly, "option", options=EVENLY),
+        Method("taylorseer-stack", partial(evenly, reuse="linear"), "option", options=EVENLY),
         Method("best-hold", partial(ours, reuse="hold")),
         *(Method(NAMES[who.name], partial(peer, who=who), "peer", peer=who) for who in peers.PEERS),
         Method("fewer-steps", fewer_steps),
@@ -239,4 +250,4 @@ METHODS = {
 }
 HOLD = ("sencache-paper", "sencache-rule", "teacache", "magcache", "easycache", "lemica", "uniform", "best-hold",
         "first-block-cache", "magcache-diffusers", "pab", "fastercache", "cache-dit")  # fmt: skip
-FORECAST = ("seacache", "taylorseer", "taylorseer-lite", "cache-dit-taylorseer")
+FORECAST = ("taylorseer-stack", "seacache", "taylorseer", "taylorseer-lite", "cache-dit-taylorseer")

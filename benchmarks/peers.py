@@ -11,12 +11,15 @@ from __future__ import annotations
 import ast
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks import installed
 from benchmarks.fields import video
@@ -25,6 +28,7 @@ from benchmarks.multiplications import Multiplications
 from solvers import Stepper, integrate
 
 SLACK = 0.5  # evaluations that a setting may cost above the wanted
+FINALISTS = 12  # of the listed settings that keep a budget
 
 
 class Task(NamedTuple):
@@ -43,12 +47,21 @@ class Task(NamedTuple):
         return self._replace(scene=self.scene[rows], x=self.x[rows])
 
 
+class Tried(NamedTuple):
+    """What a setting cost, in evaluations a sample, and how far it led: the logarithm of the mean squared error."""
+
+    cost: float
+    error: float
+    setting: Setting
+
+
+Try = Callable[[Setting, Task], Tried]
+
+
 class Peer(NamedTuple):
     """A way of caching that others publish.
 
-    settings: what its documentation recommends. With a `knob`, the threshold that spends a budget, each is sparser at
-        its sparsest than the one before it; without one they are all there is to choose from. The first, at a knob of
-        almost nothing, reuses nothing.
+    settings: what there is to choose from. knob: a threshold, left to be chosen with each of them.
     adaptive: it decides by what it sees, once for a whole batch; so samples are run one by one.
     fused: it needs both halves of the guidance in one batch, which Wan's pipeline does not make.
     calibrated: it needs `mag_ratios` of the model.
@@ -120,51 +133,67 @@ class Counter:
 
 
 @torch.no_grad()
-def setting_for(peer: Peer, task: Task, nfe: float, costs: list[float] | None = None) -> Setting | None:
-    """The setting at which these samples, of the choosing seeds, cost nearest to `nfe` and at most half above it.
+def settings_for(peer: Peer, task: Task, budgets: Sequence[float]) -> list[Setting | None]:
+    """For each budget, of all settings that keep it the one that leads nearest to the full run on these samples.
 
-    Among listed settings of the same cost it is the one of the smallest error. None where even the sparsest costs more.
-    costs: `listed_costs`, where several budgets are asked for.
+    To be asked on samples of the choosing seeds; nearest by the geometric mean of their squared errors. A budget is
+    kept at a cost of at most half an evaluation more; None where even the sparsest costs more.
     """
-    if peer.knob is not None:
-        measured = mag_ratios(peer, task) if peer.calibrated else {}
-        for setting in peer.settings:
-
-            def cost(knob: float, setting: Setting = setting) -> float:
-                return sample(peer, {**setting, **measured, str(peer.knob): knob}, task)[1]
-
-            knob = _bisected(cost, nfe)
-            if knob is not None:
-                return {**setting, **measured, peer.knob: knob}
-        return None
-    costs = listed_costs(peer, task) if costs is None else costs
-    best = max((spent for spent in costs if spent <= nfe + SLACK), key=lambda spent: -abs(spent - nfe), default=None)
-    if best is None:
-        return None
-    near = [setting for setting, spent in zip(peer.settings, costs, strict=True) if abs(spent - best) < SLACK / 2]
     full = integrate(video.field(*task[:3], task.guidance), task.x, task.ts, task.stepper)
-    errors = [(sample(peer, setting, task)[0] - full).square().mean().item() for setting in near]
-    return near[errors.index(min(errors))]
+
+    def tried(setting: Setting, task: Task) -> Tried:
+        end, cost = sample(peer, setting, task)
+        error = (end - full[: len(end)]).square().flatten(1).mean(1).log().mean().item()
+        return Tried(cost, error, setting)
+
+    return (_listed if peer.knob is None else _at_thresholds)(peer, task, budgets, tried)
 
 
-def listed_costs(peer: Peer, task: Task) -> list[float]:
-    """What each of the peer's settings costs, seen on the first sample: without a knob it depends on no sample."""
-    return [sample(peer, setting, task.part(slice(1)))[1] for setting in peer.settings]
+def _listed(peer: Peer, task: Task, budgets: Sequence[float], tried: Try) -> list[Setting | None]:
+    """All on the first sample, which tells their costs; the best there on all samples."""
+    first = task.part(slice(1))
+    seen = [tried(setting, first) for setting in tqdm(peer.settings, desc=peer.name, leave=False)]
+    last = [sorted(_kept(seen, nfe), key=attrgetter("error"))[:FINALISTS] for nfe in budgets]
+    return [_nearest([tried(one.setting, task) for one in ones]) for ones in last]
 
 
-def _bisected(cost: Callable[[float], float], nfe: float, rounds: int = 10) -> float | None:
-    """The threshold whose cost is nearest to `nfe`, at most the slack above it; None where there is none."""
-    low, high = math.log(1e-3), math.log(1e2)
-    found = {math.exp(high): cost(math.exp(high))}
-    if min(found.values()) > nfe + SLACK:
-        return None
+def _at_thresholds(peer: Peer, task: Task, budgets: Sequence[float], tried: Try) -> list[Setting | None]:
+    """Every setting at every threshold that was looked at on the way to those that spend the budgets."""
+    measured = mag_ratios(peer, task) if peer.calibrated else {}
+    seen: list[Tried] = []
+    for setting in tqdm(peer.settings, desc=peer.name, leave=False):
+        known: dict[float, float] = {}  # cost by the threshold's logarithm
+
+        def cost(log_knob: float, setting: Setting = setting, known: dict[float, float] = known) -> float:
+            if log_knob not in known:
+                seen.append(tried({**setting, **measured, str(peer.knob): math.exp(log_knob)}, task))
+                known[log_knob] = seen[-1].cost
+            return known[log_knob]
+
+        for nfe in budgets:
+            _spend(nfe, cost, known)
+    return [_nearest(_kept(seen, nfe)) for nfe in budgets]
+
+
+def _kept(seen: list[Tried], nfe: float) -> list[Tried]:
+    return [one for one in seen if one.cost <= nfe + SLACK]
+
+
+def _nearest(seen: list[Tried]) -> Setting | None:
+    return min(seen, key=attrgetter("error")).setting if seen else None
+
+
+def _spend(nfe: float, cost: Callable[[float], float], known: dict[float, float], rounds: int = 10) -> None:
+    """Look for the threshold that costs `nfe`, by bisection of its logarithm from what is known."""
+    if cost(math.log(1e2)) > nfe + SLACK:
+        return
+    low = max((knob for knob, spent in known.items() if spent > nfe), default=math.log(1e-3))
+    high = min((knob for knob, spent in known.items() if spent <= nfe and knob > low), default=math.log(1e2))
     for _ in range(rounds):
+        if min(abs(spent - nfe) for spent in known.values()) <= SLACK / 2:
+            return
         middle = (low + high) / 2
-        found[math.exp(middle)] = spent = cost(math.exp(middle))
-        if abs(spent - nfe) <= SLACK / 2:
-            break
-        low, high = (middle, high) if spent > nfe else (low, middle)
-    return min((knob for knob in found if found[knob] <= nfe + SLACK), key=lambda knob: abs(found[knob] - nfe))
+        low, high = (middle, high) if cost(middle) > nfe else (low, middle)
 
 
 def mag_ratios(peer: Peer, task: Task) -> Setting:
@@ -177,27 +206,27 @@ def mag_ratios(peer: Peer, task: Task) -> Setting:
 
 
 ALL = video.FAMILIES
-MAG = tuple(
-    {"max_skip_steps": skips, "retention_ratio": share} for skips, share in ((3, 0.2), (5, 0.2), (5, 0.1), (10, 0.1))
-)
-SEA = tuple({"max_consecutive_cached": most} for most in (2, 4, 0))  # 0 is no limit
+MAG = tuple({"max_skip_steps": skips, "retention_ratio": share} for skips in (3, 5, 10) for share in (0.2, 0.1))
+SEA = tuple({"max_consecutive_cached": most} for most in (2, 3, 4, 5, 6, 8, 0))  # 0 is no limit
 TAYLOR = tuple(
-    {"cache_interval": interval, "disable_cache_before_step": before, "max_order": 1}
-    for interval in range(1, 13)
-    for before in (3, 10)
+    {"cache_interval": interval, "disable_cache_before_step": before, "disable_cache_after_step": after, "max_order": k}
+    for interval, before, after, k in product(range(2, 9), (1, 2, 3, 5), (None, 49, 47, 45, 42, 39), (1, 2))
 )
 LITE = tuple({**setting, "use_lite_mode": True} for setting in TAYLOR)
 PYRAMID = tuple(
-    {"spatial_attention_block_skip_range": n, "cross_attention_block_skip_range": 3 * n if n > 1 else 1}
-    for n in range(1, 11)
-)
+    {f"{part}_attention_{name}_skip_range": value for part, n in (("spatial", reach), ("cross", 3 * reach))
+     for name, value in (("block", n), ("timestep", times))}
+    for reach, times in product(range(2, 11), ((100, 800), (-1, 1001)))
+)  # fmt: skip
 FASTER = tuple(
     {"unconditional_batch_skip_range": n, "unconditional_batch_timestep_skip_range": (-1, below)}
-    for n in (1, 2, 3, 5, 8, 12)
-    for below in (641, 781, 901)
+    for n, below in product((2, 3, 5, 8, 12), (641, 781, 901))
 )
-DUAL = tuple({"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": steps} for steps in (8, 4, 2, 1))
-DUAL_TAYLOR = tuple({**setting, "taylorseer_order": 1} for setting in DUAL)
+DUAL = tuple(
+    {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": steps, "max_continuous_cached_steps": most}
+    for steps, most in product((8, 4, 2, 1), (-1, 5, 3, 2))  # -1 is no limit
+)
+DUAL_TAYLOR = tuple({**setting, "taylorseer_order": 2} for setting in DUAL)  # at 1 it is farther off in every line
 KNOB = "residual_diff_threshold"
 PEERS = (
     Peer("FirstBlockCache", ALL, installed.first_block, ({},), "threshold", adaptive=True, probes=True),
@@ -208,13 +237,5 @@ PEERS = (
     Peer("PAB", ALL, installed.pyramid, PYRAMID, fused=True),
     Peer("FasterCache", ("wan", "cogvideox"), installed.faster, FASTER, fused=True),
     Peer("DBCache", ALL, installed.dual_block, DUAL, KNOB, adaptive=True, probes=True),
-    Peer(
-        "DBCache + TaylorSeer",
-        ALL,
-        installed.dual_block,
-        DUAL_TAYLOR,
-        "residual_diff_threshold",
-        adaptive=True,
-        probes=True,
-    ),
+    Peer("DBCache + TaylorSeer", ALL, installed.dual_block, DUAL_TAYLOR, KNOB, adaptive=True, probes=True),
 )

@@ -121,6 +121,29 @@ def magcache_loop(b, x, ts, mag_ratios, threshold, most, retention):
     return x, ran
 
 
+def taylorseer_loop(b, x, ts, ran):
+    """x_0 when the blocks run at the steps `ran`; in between each of their outputs is a Taylor series of order 1."""
+    _, stack, head, _ = of_sample(b)
+    factors, updated = [], None
+
+    def derivative(now, before, steps):
+        return {
+            "tokens": (now["tokens"] - before["tokens"]) / steps,
+            "text": [(now["text"][0] - before["text"][0]) / steps],
+        }
+
+    for cnt in range(len(ts) - 1):
+        if cnt in ran:
+            now = stack(x, ts[cnt])
+            factors, updated = [now, *([derivative(now, factors[0], cnt - updated)] if factors else [])], cnt
+        tokens, text = (
+            sum(part * (cnt - updated) ** order for order, part in enumerate(parts))
+            for parts in ([factor["tokens"] for factor in factors], [factor["text"][0] for factor in factors])
+        )
+        x = x + (ts[cnt + 1] - ts[cnt]) * head(x, ts[cnt], {"tokens": tokens, "text": [text]})
+    return x
+
+
 def easycache_loop(b, x, ts, threshold, warmup, last):
     """x_0 and the steps at which the network ran."""
     f = of_sample(b)[0]
@@ -220,6 +243,17 @@ def test_its_samples_decide_differently_and_thresholds_matter(name):
     assert 3 * K > counts[1] > 12
     if name != "MagCache":  # whose ratios are those of any sample
         assert any(steps[0] != steps[2] for steps in by_tolerance)
+
+
+@pytest.mark.parametrize("nfe", [3, 8, 13])
+def test_taylorseer_is_a_schedule_whose_blocks_are_continued(nfe):
+    ts = torch.linspace(0.97, 0.18, K + 1, dtype=torch.float64)
+    rule = dict(criterion=uniform(ts, nfe), reuse="linear", correct=False, payload="blocks")
+    end = CachedField(Split(), **rule).integrate(X, ts)
+    ran = set(np.linspace(0, K, nfe + 1)[:-1].round().astype(int))
+    for b in range(3):
+        expected = taylorseer_loop(b, X[[b]].numpy()[0], ts.numpy(), ran)
+        np.testing.assert_allclose(end[b], expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -390,6 +424,8 @@ def test_schedules_evaluate_where_they_say():
     errors = segment_errors(Split(), X, TS, longest=6, progress=False)
     for criterion, steps in [
         (uniform(TS, 7), [0, 3, 6, 9, 11, 14, 17]),
+        (uniform(TS, 7, last=True), [0, 3, 6, 10, 13, 16, 19]),
+        (uniform(TS, K, last=True), list(range(K))),
         (uniform(TS, K), list(range(K))),
         (every(TS, 6), [0, 6, 12, 18]),
         (lemica(errors, TS, 8), minimax_path(errors, 8)),

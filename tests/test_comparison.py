@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import comparison, peers
+from benchmarks import comparison, leads, peers
 from benchmarks.cases import cases
 from benchmarks.methods import BLOCKS, FORECAST, HOLD, METHODS, free_solvers
+from benchmarks.metrics import psnr
 from benchmarks.results import read, write
 from benchmarks.shipped import SEEDS
 from solvers import integrate
@@ -48,11 +50,10 @@ def test_free_solvers_cost_what_they_say(nfe):
 def test_a_comparison_on_the_sit(monkeypatch):
     names = ("ours", "ours-uncalibrated", "sencache-rule", "teacache", "uniform", "fewer-steps")
     monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in names})
-    monkeypatch.setattr(comparison, "BUDGETS", (20,))
     monkeypatch.setattr(comparison, "TRUE_STEPS", 60)
     monkeypatch.setattr(comparison, "stlpips", lambda a, b: torch.zeros(len(a)))  # its weights are a download
-    settings = comparison.choose(SIT, 2)
-    assert set(settings) == {"ours-uncalibrated", "sencache-rule", "teacache"}
+    settings = comparison.choose(SIT, 2, (20,))
+    assert set(settings) == {"ours-uncalibrated", "sencache-rule", "teacache", "uniform"}
     assert len(settings["teacache"]["measured"]) == 5
     results = {result.method: result for result in comparison.compare(SIT, 3, (20,), settings)}
     assert list(results) == ["all-steps", *names]
@@ -63,6 +64,48 @@ def test_a_comparison_on_the_sit(monkeypatch):
         assert results[name].seconds > 0
     assert results["ours"].psnr > results["fewer-steps"].psnr + 8
     assert results["ours"].ssim > results["fewer-steps"].ssim
+
+
+def test_of_a_method_s_options_the_best_is_taken_each_at_the_budget(monkeypatch):
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
+    bench, method = comparison.Comparison(SIT, 2, "choosing"), METHODS["easycache"]
+
+    def outcome(each):
+        knob = bench.knob(each, 15, None)
+        x, evaluations = method.sample(SIT, bench.samples, 15, knob, None)
+        return knob, evaluations, psnr(x, bench.reference).median().item()
+
+    alone = [outcome(replace(method, options=(option,))) for option in method.options]
+    assert [knob.keys() for knob, *_ in alone] == [{"warmup", "tolerance"}] * 3
+    assert all(abs(spent - 15) <= 2 for _, spent, _ in alone)
+    nearest = max(alone, key=lambda each: each[2])
+    assert nearest[2] > min(near for *_, near in alone) + 2  # it matters
+    assert outcome(method) == nearest
+
+
+def test_of_listed_options_the_best_is_taken(monkeypatch):
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
+    bench, method = comparison.Comparison(SIT, 2, "choosing"), METHODS["taylorseer-stack"]
+    ends = [method.sample(SIT, bench.samples, 15, option, None).x for option in method.options]
+    near = [psnr(end, bench.reference).median().item() for end in ends]
+    assert abs(near[0] - near[1]) > 0.5  # it matters
+    assert bench.knob(method, 15, None) == method.options[near.index(max(near))]
+
+
+def test_a_setting_never_looked_for_is_an_error_that_says_how(monkeypatch):
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
+    with pytest.raises(ValueError, match=r"no 30 for teacache on sit. Run this with --choose .* --budgets 30"):
+        comparison.compare(SIT, 1, (30,), {"teacache": {"measured": [1.0] * 5, "25": None}}, ["teacache"])
+
+
+def test_a_line_goes_when_its_setting_is_no_longer_to_be_had(monkeypatch, tmp_path):
+    monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
+    monkeypatch.setattr(comparison, "SETTINGS", tmp_path / "settings.json")
+    (tmp_path / "settings.json").write_text('{"sit": {"sencache-paper": {"9": null, "20": 1.0}}}')
+    old = [comparison.Result("sit", "sencache-paper", nfe, nfe, *[1.0] * 7) for nfe in (20, 9)]
+    write(old, tmp_path / "comparison.csv")
+    comparison.main(["sit"], ["sencache-paper"], 1, (9,), False, tmp_path)
+    assert [row[1:3] for row in read(tmp_path / "comparison.csv")] == [("sencache-paper", 20), ("all-steps", 50)]
 
 
 def test_a_method_measured_again_takes_its_old_place_and_leaves_the_others(monkeypatch, tmp_path):
@@ -89,7 +132,9 @@ def test_seconds_are_taken_again_alone_and_nothing_else_changes(tmp_path):
     old.append(old[0]._replace(method="all-steps", nfe=50))
     other = old[0]._replace(field="wan")
     write([*old, other], tmp_path / "comparison.csv")
-    comparison.again(["sit"], tmp_path)
+    comparison.again(["sit"], ["uniform"], tmp_path)
+    assert read(tmp_path / "comparison.csv") == [*old, other]
+    comparison.again(["sit"], None, tmp_path)
     *new, untouched = read(tmp_path / "comparison.csv")
     assert untouched == other
     assert [line._replace(seconds=1e6) for line in new] == old
@@ -99,10 +144,9 @@ def test_seconds_are_taken_again_alone_and_nothing_else_changes(tmp_path):
 def test_a_setting_that_cannot_keep_the_budget_is_none_and_its_line_is_left_out(monkeypatch):
     """Ten strict steps leave more than ten evaluations."""
     monkeypatch.setattr(comparison, "METHODS", {"sencache-paper": METHODS["sencache-paper"]})
-    monkeypatch.setattr(comparison, "BUDGETS", (9,))
     monkeypatch.setattr(comparison, "TRUE_STEPS", 10)
     monkeypatch.setattr(comparison, "stlpips", lambda a, b: torch.zeros(len(a)))
-    settings = comparison.choose(SIT, 1)
+    settings = comparison.choose(SIT, 1, (9,))
     assert settings == {"sencache-paper": {"9": None}}
     assert [each.method for each in comparison.compare(SIT, 2, (9,), settings)] == ["all-steps"]
 
@@ -124,28 +168,34 @@ def test_every_method_is_of_one_kind():
 def test_pictures_and_tables_are_made_of_results(tmp_path):
     lines = [
         comparison.Result("sit", method, nfe, nfe, psnr, psnr - 5, 0.3, 0.9, 0.01, 40.0, 0.1 * nfe)
-        for method, psnr in (("ours", 60.0), ("ours-unipc", 45.0), ("fewer-steps", 40.0), ("fewer-steps-unipc", 41.0))
+        for method, psnr in (("ours", 60.0), ("ours-fine", 45.0), ("fewer-steps", 40.0), ("fewer-steps-unipc", 41.0))
         for nfe in (25, 10)
     ]
+    lines[1] = lines[1]._replace(evaluations=10.7)
     write(lines, tmp_path / "comparison.csv")
     again = read(tmp_path / "comparison.csv")
     assert again == lines
-    comparison.draw(again, "psnr", "dB", tmp_path / "picture.png")
+    leads.draw(again, "psnr", "dB", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    title, *others = comparison.tables([*again, lines[0]._replace(method="all-steps", nfe=50)]).items()
+    title, *others = leads.tables([*again, lines[0]._replace(method="all-steps", nfe=50)]).items()
     assert "best other" in title[0]
-    assert others[0][1][0] == {"method": "ours", "25": "60.0 (55.0; 0.3)", "10": "60.0 (55.0; 0.3)"}
+    assert others[0][1][0] == {"method": "ours", "25": "60.0 (55.0; 0.3)", "10": "60.0 (55.0; 0.3) at 10.7"}
+    assert len(others) == 3
+    pab = lines[0]._replace(method="pab", nfe=40, evaluations=39.6)
+    *same, (_, (alone,)) = leads.tables([*again, lines[0]._replace(method="all-steps", nfe=50), pab]).items()
+    assert dict(same) == dict([title, *others])  # what cannot save half stands by itself
+    assert (alone["method"], alone["evaluations"]) == ("pab", "39.6")
 
 
 def test_margins_are_over_the_best_of_their_kind():
-    psnrs = {"ours": 60, "ours-unipc": 50, "teacache": 44, "lemica": 45, "taylorseer": 52, "fewer-steps": 43,
-             "fewer-steps-unipc": 47}  # fmt: skip
-    trues = {"ours-unipc": 52, "fewer-steps-unipc": 49}
+    psnrs = {"ours": 60, "ours-unipc": 53, "ours-fine": 50, "teacache": 44, "lemica": 45, "taylorseer": 52}
+    psnrs |= {"fewer-steps": 43, "fewer-steps-unipc": 47}
+    trues = {"ours-unipc": 53, "ours-fine": 52, "fewer-steps-unipc": 49}
     lines = [
         comparison.Result("sit", name, 20, 20, psnr, 0, 0, 1, 0, trues.get(name, 40), 1) for name, psnr in psnrs.items()
     ]
-    (row,) = comparison.margins(lines)
+    (row,) = leads.margins(lines)
     assert row["best that holds"] == "+15.0 (lemica)"
-    assert row["best forecasting peer"] == "+8.0 (taylorseer)"
+    assert row["best that forecasts"] == "+8.0 (taylorseer)"
     assert row["fewer steps"] == "+13.0"
-    assert row["to the true ODE, best free solver"] == "+3.0"
+    assert row["`ours-fine` to the true ODE, best free solver"] == "+3.0"

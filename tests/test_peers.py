@@ -28,6 +28,12 @@ SPARSE = {  # where there is no knob
     "PAB": {"spatial_attention_block_skip_range": 2, "cross_attention_block_skip_range": 2},
     "FasterCache": {"unconditional_batch_skip_range": 3, "unconditional_batch_timestep_skip_range": (-1, 781)},
 }
+CAUTIOUS = {
+    "TaylorSeer": {"cache_interval": 1},
+    "TaylorSeer lite": {"cache_interval": 1, "use_lite_mode": True},
+    "PAB": {"spatial_attention_block_skip_range": 1, "cross_attention_block_skip_range": 1},
+    "FasterCache": {"unconditional_batch_skip_range": 1, "unconditional_batch_timestep_skip_range": (-1, 781)},
+}
 every = pytest.mark.parametrize(("name", "family"), ALL)
 
 
@@ -81,7 +87,7 @@ def sparse(name, family):
 def cautious(name, family):
     peer = NAMED[name]
     more = ratios(family) if peer.calibrated else {}
-    return {**peer.settings[0], **more, **({peer.knob: 1e-12} if peer.knob else {})}
+    return {**peer.settings[0], **more, peer.knob: 1e-12} if peer.knob else CAUTIOUS[name]
 
 
 def distance(a, b):
@@ -183,14 +189,17 @@ def test_a_first_block_that_always_runs_is_paid_for(name, family):
 
 @pytest.mark.parametrize("family", video.FAMILIES)
 def test_multiplications_are_those_that_torch_counts(family):
-    """And attention's, which torch does not count on a CPU: 2 products of N x N x D in each of H heads of B samples."""
+    """And attention's, which torch leaves out on a CPU: 2 products of N x N x D in each of H heads of B samples."""
     field, x = video.field(family, model(family), SCENE, GUIDANCE), noise(family)
     with FlopCounterMode(display=False) as torchs:
         field(x, TS[0])
-    with Multiplications() as ours, mock.patch("benchmarks.multiplications.ATTENTION", ()):
+    with mock.patch("benchmarks.multiplications.sdpa_flop_count", return_value=0), Multiplications() as ours:
         field(x, TS[0])
     counts = torchs.get_flop_counts()["Global"]
     assert ours.total == sum(count for op, count in counts.items() if "convolution" not in str(op))
+    with Multiplications() as with_attention:
+        field(x, TS[0])
+    assert with_attention.total > ours.total
     q = torch.zeros(2, 3, 5, 4)
     with Multiplications() as attention:
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
@@ -215,18 +224,73 @@ def test_cogvideox_runs_on_its_own_solver(name):
     assert distance(end, full) < 0.3 * distance(full, given.x)
 
 
-@pytest.mark.parametrize("name", ["FirstBlockCache", "TaylorSeer"])
-@pytest.mark.parametrize("nfe", [6])
-def test_a_setting_spends_what_is_wanted(name, nfe):
-    peer = NAMED[name]._replace(settings=NAMED[name].settings[:12:2])
-    setting = peers.setting_for(peer, task("wan"), nfe)
-    _, spent = peers.sample(peer, setting, task("wan"))
+@pytest.mark.parametrize("nfe", [4, 6])
+def test_a_threshold_spends_what_is_wanted(nfe):
+    (setting,) = peers.settings_for(NAMED["FirstBlockCache"], task("wan"), [nfe])
+    _, spent = peers.sample(NAMED["FirstBlockCache"], setting, task("wan"))
     assert nfe - 1.5 <= spent <= nfe + peers.SLACK
 
 
+def two_scenes():
+    x = torch.cat([noise("wan"), -0.5 * noise("wan")])
+    return task("wan")._replace(scene=torch.tensor([3, 7]), x=x)
+
+
+def tried(peer, setting):
+    """The geometric mean of the root mean squared errors of two scenes, and what one cost."""
+    two = two_scenes()
+    end, spent = peers.sample(peer, setting, two)
+    full = integrate(video.field("wan", two.model, two.scene, GUIDANCE), two.x, TS)
+    return math.sqrt(math.prod(distance(a, b) for a, b in zip(end, full, strict=True))), spent
+
+
+def test_of_listed_settings_that_keep_a_budget_the_best_is_taken_cheaper_ones_too():
+    settings = [
+        {"cache_interval": interval, "disable_cache_before_step": before, "disable_cache_after_step": after}
+        for interval, before, after in ((2, 1, None), (2, 3, None), (3, 1, 8), (3, 3, None), (4, 1, 7), (5, 2, 8))
+    ]
+    peer, budgets = NAMED["TaylorSeer"]._replace(settings=tuple(settings)), (4, 5, 6)
+    all_tried = [(*tried(peer, setting), setting) for setting in settings]
+    expected = [min(one for one in all_tried if one[1] <= nfe + peers.SLACK) for nfe in budgets]
+    dearest = [max((spent, -error) for error, spent, _ in all_tried if spent <= nfe + peers.SLACK) for nfe in budgets]
+    assert any(best[1] < most[0] - peers.SLACK for best, most in zip(expected, dearest, strict=True))
+    assert peers.settings_for(peer, two_scenes(), budgets) == [setting for *_, setting in expected]
+
+
+def test_only_the_best_of_the_first_sample_are_tried_on_all(monkeypatch):
+    monkeypatch.setattr(peers, "FINALISTS", 1)
+    peer = NAMED["TaylorSeer"]._replace(settings=NAMED["TaylorSeer"].settings[::12])
+    alone, together = (peers.settings_for(peer, scenes, [5]) for scenes in (task("wan"), two_scenes()))
+    assert alone == together
+
+
+SINGLE = {
+    "MagCache": [{"max_skip_steps": 5, "retention_ratio": share} for share in (0.1, 0.5)],
+    "DBCache + TaylorSeer": [
+        {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": steps, "taylorseer_order": order}
+        for steps, order in ((1, 1), (3, 2))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_every_setting_is_tried_at_the_thresholds_that_spend_the_budgets(name):
+    peer, budgets = NAMED[name], [5, 7]
+    single = [peer._replace(settings=(setting,)) for setting in SINGLE[name]]
+    found = [peers.settings_for(each, two_scenes(), budgets) for each in single]
+    both = peers.settings_for(peer._replace(settings=tuple(SINGLE[name])), two_scenes(), budgets)
+    differ = []
+    for nfe, of_each, taken in zip(budgets, zip(*found, strict=True), both, strict=True):
+        (error, spent), *others = sorted(tried(peer, setting) for setting in of_each)
+        assert tried(peer, taken) == (error, spent)
+        assert spent <= nfe + peers.SLACK
+        differ.append(others[0][0] / error)
+    assert max(differ) > 1.1
+
+
 def test_a_setting_is_none_where_a_peer_always_costs_more():
-    assert peers.setting_for(NAMED["PAB"], task("wan"), 3) is None
-    assert peers.setting_for(NAMED["DBCache"], task("wan"), 3) is None
+    assert peers.settings_for(NAMED["PAB"], task("wan"), [2]) == [None]
+    assert peers.settings_for(NAMED["DBCache"], task("wan"), [3]) == [None]
 
 
 def test_mag_ratios_are_of_the_residuals_norms():

@@ -12,12 +12,16 @@ from solvers import Euler, Stepper
 EULER = Euler()
 
 
-def uniform(ts: Tensor, nfe: int, stepper: Stepper = EULER) -> Scheduled:
-    """`nfe` of the T outputs that the stepper asks for on ts (K + 1,), at equal intervals, the first among them."""
+def uniform(ts: Tensor, nfe: int, stepper: Stepper = EULER, *, last: bool = False) -> Scheduled:
+    """`nfe` of the T outputs that the stepper asks for on ts (K + 1,), at equal intervals, the first among them.
+
+    last: the last among them too.
+    """
     times = influence(stepper, ts)[0]
     if not 1 <= nfe <= len(times):
         raise ValueError(f"`nfe` must be 1 to {len(times)}, the outputs that {stepper} asks for here; got {nfe}.")
-    return Scheduled(times, torch.linspace(0, len(times), nfe + 1, dtype=torch.float64)[:-1].round().long())
+    at = torch.linspace(0, len(times) - last, nfe + (not last), dtype=torch.float64)[:nfe]
+    return Scheduled(times, at.round().long())
 
 
 def every(ts: Tensor, k: int, stepper: Stepper = EULER) -> Scheduled:
