@@ -5,6 +5,7 @@ echoes. Of a whole schedule all is known: what gaps leave adds up to one vector,
 state owes there, from however long ago. So the path is where a search begins that moves one evaluation at a time.
 
 Shapes: T query times of the grid; S calibration samples; C schedules of N evaluations side by side, nodes (C, N).
+Arrays are NumPy's; large products are torch's, which keep to the threads that a caller left to torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from sencache.batch import Array
 from sencache.schedule import DAMPED, Problem, integrated
@@ -37,8 +39,8 @@ class Errors:
     """
 
     def __init__(self, problem: Problem):
-        values, vectors = np.linalg.eigh(problem.gram)
-        self.outputs = np.swapaxes(vectors * np.sqrt(np.maximum(values, 0))[:, None], 0, 1)  # (T, S, d)
+        values, vectors = torch.linalg.eigh(torch.from_numpy(problem.gram))
+        self.outputs = (vectors * values.clamp(min=0).sqrt()[:, None]).transpose(0, 1).contiguous()  # (T, S, d)
         self.problem, self.size = problem, len(problem.times)
         self.scale = np.array([integrated(problem, gram) for gram in problem.gram])
         self.beyond, self.undamped = problem.instability(), problem.instability(DAMPED)
@@ -155,8 +157,10 @@ class Errors:
         before, end = self._around(nodes)
         count = nodes[:, which].shape
         weights = self.problem.residuals(*(each[:, which].ravel() for each in (before, nodes, end)))
-        flat, there = self.outputs.reshape(self.size, -1), self.outputs.shape[1:]
-        vectors = [(each @ flat).reshape(*count, *there) for each in weights]
+        vectors = [
+            (torch.from_numpy(each) @ self.outputs.flatten(1)).numpy().reshape(*count, *self.outputs.shape[1:])
+            for each in weights
+        ]
         return Gaps(*(each.reshape(*count, self.size) for each in weights), *vectors)
 
     def _around(self, nodes: Array) -> tuple[Array, Array]:

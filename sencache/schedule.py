@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from sencache.batch import Array
 from sencache.correct import owed
@@ -191,4 +192,5 @@ def integrated(problem: Problem, gram: Array) -> float:
 
 def quadratic(weights: Array, gram: Array) -> Array:
     """w^T G w of each row of weights (n, T), (n,)."""
-    return np.maximum(((weights @ gram) * weights).sum(-1), 0)
+    along = (torch.from_numpy(weights) @ torch.from_numpy(gram)).numpy()
+    return np.maximum((along * weights).sum(-1), 0)
