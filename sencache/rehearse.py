@@ -67,7 +67,7 @@ def rehearse(
         raise ValueError(
             "An assumed profile expects no error that could be rehearsed: calibrate first, `calibrate(...)`."
         )
-    facts = {name: fact for name, fact in profile.facts.items() if name != "rehearsed"}
+    facts = {name: fact for name, fact in profile.facts.items() if name not in ("rehearsed", "rehearsed_ts")}
     profile = replace(profile, budgets=None, expected=None, factors=None, ratios=None, facts=facts)
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
@@ -87,7 +87,7 @@ def rehearse(
             expected.append(plan.relative_error if plan.stable else torch.inf)
             factors.append(over(error.cpu(), plan.relative_error))
             ratios.append(ratio)
-    facts["rehearsed"] = sampler_name(stepper, ts)
+    facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
     known = {"budgets": torch.tensor(budgets), "expected": torch.tensor(expected, dtype=torch.float64)}
     return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
 

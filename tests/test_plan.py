@@ -607,6 +607,28 @@ def test_factors_are_of_the_reuse_that_was_rehearsed():
         CachedField(flow, rehearsed(flow), rtol=0.1).plan(TS, Heun())
 
 
+@given(part=st.floats(-0.9, 0.9), seed=st.integers(0, 20), grid=st.sampled_from(["uniform", "shifted", "logarithmic"]))
+@settings(max_examples=30)
+def test_the_grid_that_was_rehearsed_is_known_in_any_precision(part, seed, grid):
+    """Every time off by up to a thousandth of its shorter step, as in another precision or on another machine."""
+    ts = {"uniform": TS, "shifted": grids.shifted(12, 5.0), "logarithmic": grids.logarithmic(12, 1.0, 1e-3)}[grid]
+    field, steps = free_field(), ts.double().diff().abs()
+    profile = rehearse(field, calibrated(field, ts), X, ts, budgets=(4, 6, 8))
+    off = torch.minimum(torch.cat([steps[:1], steps]), torch.cat([steps, steps[-1:]]))
+    off = off * (torch.randint(0, 2, off.shape, generator=seeded(seed)) * 2 - 1)
+    cached = CachedField(field, profile, nfe=6)
+    known = cached.plan(ts)
+    assert known.promised < math.inf
+    for same in (ts.float(), ts.double() + 1e-3 * part * off):
+        assert cached.plan(same).nodes.tolist() == known.nodes.tolist()
+        assert cached.plan(same).promised == known.promised
+        CachedField(field, profile, rtol=0.5).integrate(X, same)
+    other = ts.double() + 2e-3 * off
+    assert cached.plan(other).promised == math.inf
+    with pytest.raises(ValueError, match=r"`rtol` was rehearsed with Euler\(\).*; got Euler\(\).*Rehearse that"):
+        CachedField(field, profile, rtol=0.5).plan(other)
+
+
 def test_without_a_word_half_of_the_evaluations_are_spent():
     field = free_field()
     assert len(CachedField(field, calibrated(field)).plan().nodes) == 6

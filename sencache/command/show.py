@@ -20,7 +20,7 @@ from sencache.profile import SensitivityProfile
 from sencache.rehearse import usual_budgets
 
 ROWS = 9  # times at which sensitivities are printed
-HIDDEN = ("gain", "inputs", "rehearsed")  # facts that are for programs
+HIDDEN = ("gain", "inputs", "rehearsed", "rehearsed_ts")  # facts that are for programs
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
