@@ -227,6 +227,8 @@ class SensitivityProfile:
     @classmethod
     def load(cls, path: str | Path) -> SensitivityProfile:
         """Read what `save` wrote. Raises ValueError where the file is truncated or is something else."""
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder: name the file of a profile in it.")
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
@@ -279,8 +281,10 @@ class SensitivityProfile:
 
 
 def check_folder(path: str | Path) -> Path:
-    """Where a profile is to be saved; raises FileNotFoundError where there is no such folder."""
+    """Where a profile is to be saved; raises FileNotFoundError or IsADirectoryError where none can be."""
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder: name a file in it, such as {target / 'profile.safetensors'}.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} to save the profile in: make it first.")
     return target

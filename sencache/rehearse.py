@@ -10,6 +10,7 @@ samples; of fewer the largest is taken.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -71,7 +72,7 @@ def rehearse(
     profile = replace(profile, budgets=None, expected=None, factors=None, ratios=None, facts=facts)
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
-    budgets = tuple(sorted(set(budgets) or usual_budgets(steps, networks)))
+    budgets = check_budgets(budgets) or tuple(usual_budgets(steps, networks))
     if not networks <= budgets[0] <= budgets[-1] <= steps:
         raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
     expected, factors, ratios = [], [], []
@@ -90,6 +91,15 @@ def rehearse(
     facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
     known = {"budgets": torch.tensor(budgets), "expected": torch.tensor(expected, dtype=torch.float64)}
     return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
+
+
+def check_budgets(budgets: Iterable[int]) -> tuple[int, ...]:
+    """Budgets, rising and each once; raises ValueError for what does not count evaluations."""
+    given = list(budgets) if isinstance(budgets, Iterable) else []
+    counts = all(not isinstance(n, str | bool) and n >= 1 and n % 1 == 0 for n in given)
+    if not counts or not isinstance(budgets, Iterable):
+        raise ValueError(f"`budgets` count evaluations, 1, 2, ..., each of a plan, as in (10, 20); got {budgets!r}.")
+    return tuple(sorted({int(n) for n in given}))
 
 
 def usual_budgets(queries: int, networks: int = 1, most: int = 13) -> list[int]:

@@ -210,6 +210,13 @@ def test_a_profile_is_not_saved_where_there_is_no_folder(tmp_path):
         calibrate(lambda x, t: pytest.fail("this was paid for"), X, TS, file=file, progress=False)
 
 
+def test_a_folder_is_no_file_of_a_profile(tmp_path):
+    for use in (PROFILE.save, SensitivityProfile.load):
+        with pytest.raises(IsADirectoryError, match=r"is a folder: name (a file|the file of a profile) in it"):
+            use(tmp_path)
+    assert not list(tmp_path.parent.glob("*.partial"))
+
+
 def test_what_answers_from_memory_is_not_measured():
     measured = calibrate(decay, X, TS, progress=False)
     with cached().run() as run:

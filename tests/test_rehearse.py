@@ -81,7 +81,18 @@ def test_the_usual_budgets_evaluate_every_network_and_leave_something_to_reuse(q
     assert budgets[-1] < queries or budgets == [networks]
 
 
-@pytest.mark.parametrize("budgets", [(0, 5), (5, 41)])
+@pytest.mark.parametrize("budgets", [5, (5.5,), "5", ("5",), (True,), (0, 5)])
+def test_budgets_that_count_nothing_are_refused_in_words(profile, budgets):
+    with pytest.raises(ValueError, match=r"`budgets` count evaluations, 1, 2, \.\.\., each of a plan"):
+        rehearse(FIELD, profile, noise(2, 1), TS, budgets=budgets)
+
+
+@pytest.mark.parametrize("budgets", [[6, 3, 3], (3.0, 6.0), torch.tensor([3, 6]), range(3, 9, 3)])
+def test_budgets_are_any_numbers_that_count(profile, budgets):
+    assert rehearse(FIELD, profile, noise(2, 1), TS, budgets=budgets).budgets.tolist() == [3, 6]
+
+
+@pytest.mark.parametrize("budgets", [(5, 41), (41,)])
 def test_budgets_without_a_plan_are_refused_before_anything_is_paid(profile, budgets):
     def costly(x, t):
         raise AssertionError

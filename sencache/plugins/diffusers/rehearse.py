@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sencache.norms import rms
 from sencache.profile import SensitivityProfile
-from sencache.rehearse import over, usual_budgets
+from sencache.rehearse import check_budgets, over, usual_budgets
 
 if TYPE_CHECKING:
     from sencache.plugins.diffusers.handle import Handle
@@ -24,8 +24,7 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
         the same sample whenever it is called (so it seeds a generator itself). They are run in full and once with each
         budget, by default up to nine from 1/10 to 9/10 of the full run's; the full ones also measure what is not known.
     """
-    if any(nfe < 1 for nfe in budgets):
-        raise ValueError(f"`budgets` count evaluations, 1, 2, ...; got {budgets}.")
+    budgets = check_budgets(budgets)
     wanted = handle.options
     factors: list[Tensor] = []
     sizes: dict[int, float] = {}
@@ -65,7 +64,7 @@ def _begun(handle: Handle, budgets: tuple[int, ...]) -> tuple[SensitivityProfile
     if len(known.sampler.which) != size:
         raise ValueError(f"{known.name} asks for several outputs a step, of which plans leave some out: use `nfe`.")
     networks = len(profile.facts.get("crossings", [])) + 1
-    budgets = tuple(sorted(set(budgets) or usual_budgets(size, networks, most=9)))
+    budgets = budgets or tuple(usual_budgets(size, networks, most=9))
     if not budgets or budgets[-1] >= size:
         raise ValueError(f"Rehearse budgets below the {size} evaluations of a full run; got {budgets}.")
     return profile, budgets
