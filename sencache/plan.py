@@ -192,8 +192,8 @@ def plan_for(
     mean over the samples.
 
     Where every step adds noise, the search leaves echoes out, because the noise moves later outputs more than any debt
-    does. Then, and where the profile is assumed, it stops at the shortest path, because how errors cancel is not known;
-    and where outputs are held, which gained nothing from more.
+    does. Then, and where the profile is assumed, it stops at the shortest path, because how errors cancel is not known
+    (the search for that hears all of an echo); and where outputs are held, which gained nothing from more.
     Where errors can grow under every plan, one that holds and repays nothing is taken if they grow less under that:
     holding allows the longest gaps. An `rtol` takes no plan under which errors can grow.
     """
@@ -264,6 +264,9 @@ def best_plan(
     alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
     known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
     known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x)}
+    assumed = "assumed" in profile.facts
+    polishes = heard > 0 and reuse != "hold" and not assumed  # it is known how errors cancel
+    heard = 1.0 if heard and assumed else heard  # what is not polished is found with all of their weight
     in_t = Problem(times.numpy(), reuse=reuse, variable="t", correct=correct, heard=heard, **known)
     s = VARIABLES[logarithm](in_t.times)
     monotone = (np.diff(s) > 0).all() or (np.diff(s) < 0).all()  # not on a grid that passes the data
@@ -274,7 +277,6 @@ def best_plan(
     if rtol is not None:
         nfe = profile.shortest(rtol) or len(times)
     n = nfe or max(networks, -(-len(times) // 2))
-    polishes = heard > 0 and reuse != "hold" and "assumed" not in profile.facts  # it is known how errors cancel
     ways = []
     for problem in problems:
         errors, nodes = Errors(problem), schedules(problem, n)[-1] if n < len(times) else np.arange(n)

@@ -303,14 +303,19 @@ def test_where_every_step_adds_noise_plans_are_shortest_paths_and_echoes_are_exp
 
 
 def test_what_is_assumed_is_not_polished():
-    """Of Gaussians errors cancel in ways of their own."""
-    profile = assumed(Linear(), TS)
-    made = CachedField(waves(), profile, nfe=6).plan(TS)
-    known = [each.numpy() for each in (*influence(Euler(), TS), profile.gram, profile.lookup(TS[:-1])[0])]
-    problem = Problem(*known[:3], "linear", made.variable, True, alpha_x=known[3])
-    path = schedules(problem, 6)[-1]
-    assert np.array_equal(made.nodes, path)
-    assert not np.array_equal(Errors(problem).polished(path), path)
+    """Of Gaussians errors cancel in ways of their own. The search knows a gap's echo alone, and counts all of it."""
+    ts = grids.uniform(50)
+    profile = assumed(Linear(), ts)
+    known = [each.numpy() for each in (*influence(Euler(), ts), profile.gram, profile.lookup(ts[:-1])[0])]
+    full, half = (Problem(*known[:3], "linear", "t", True, alpha_x=known[3], heard=heard) for heard in (1.0, 0.5))
+    if_in_log_t, others = replace(full, variable="log t"), 0
+    for n in (6, 10, 15, 20, 25):
+        made = CachedField(waves(), profile, nfe=n).plan(ts)
+        path = schedules(full if made.variable == "t" else if_in_log_t, n)[-1]
+        assert np.array_equal(made.nodes, path)
+        assert not np.array_equal(Errors(full).polished(path), path)
+        others += not np.array_equal(path, schedules(replace(half, variable=made.variable), n)[-1])
+    assert others > 2
 
 
 @pytest.mark.parametrize("stepper", [UniPC(Linear()), DPMSolverPP(Linear(), 2)], ids=str)
