@@ -39,7 +39,7 @@ def assumed(path: Path, ts: Tensor) -> SensitivityProfile:
     if ts.min() < -1e-6 or ts.max() > 1 + 1e-6:
         raise ValueError(f"A path's time runs from 0 to 1; got a grid from {ts[0]:g} to {ts[-1]:g}. Scale it to that.")
     alpha, sigma, dalpha, dsigma = (part.double()[:, None] for part in path.coefficients(ts[:-1]))
-    quantiles = (torch.arange(DIRECTIONS, dtype=torch.float64) + 0.5) / DIRECTIONS
+    quantiles = (torch.arange(DIRECTIONS, dtype=torch.float64, device="cpu") + 0.5) / DIRECTIONS
     scale = MEDIAN * (SPREAD * torch.special.ndtri(quantiles)).exp()
     deviation = (alpha**2 * scale**2 + sigma**2).sqrt()  # m, (K, d)
     rate = (alpha * dalpha * scale**2 + sigma * dsigma) / deviation**2  # m' / m, the diagonal of J_x

@@ -74,7 +74,8 @@ def calibrate(
         )
     noise = None
     if path is not None:
-        noise = torch.randn(x.shape, generator=generator or torch.Generator().manual_seed(0), dtype=x.dtype).to(x)
+        source = generator or torch.Generator().manual_seed(0)
+        noise = torch.randn(x.shape, generator=source, device=source.device, dtype=x.dtype).to(x)
     facts = {
         "fingerprint": getattr(field, "fingerprint", None),
         "along": "its own trajectories" if path is None else "forward-noised data",
@@ -92,9 +93,10 @@ def calibrate(
     if done and facts["fingerprint"] is None:
         with torch.no_grad():
             start = x if noise is None or path is None else path.sample(x, noise, ts[0])
-            y = select(torch.tensor([0]))(start[:1], ts[0]) if select else field(start, ts[0])[:1]
+            y = select(torch.tensor([0], device="cpu"))(start[:1], ts[0]) if select else field(start, ts[0])[:1]
         _check_output(y, done[0][2][0, 0, 0], file)
-    groups = [torch.tensor([s]) for s in range(len(x))] if select else [torch.arange(len(x))]
+    every = torch.arange(len(x), device="cpu")
+    groups = every.split(1) if select else [every]
     with torch.no_grad(), tqdm(total=len(x) * (len(ts) - 1), desc="calibrate", disable=not progress) as bar:
         bar.update(sum(len(part[0]) for part in done) * (len(ts) - 1))
         for rows in groups[len(done) :]:
@@ -134,7 +136,7 @@ def _measure(
         dx, memory = stepper.advance(first, x, t, t_next, memory)
         y, dt = first.output, (t_next - t).abs().item()
         if norm is None:
-            alpha_x.append(torch.full((len(x),), torch.nan, dtype=torch.float64))
+            alpha_x.append(torch.full((len(x),), torch.nan, dtype=torch.float64, device="cpu"))
             alpha_t.append(alpha_x[-1])
         else:
             alpha_x.append(norm(difference(field(x + dx, t), y)).double() / norm(dx).double())  # Eq. 11

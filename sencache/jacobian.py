@@ -48,7 +48,7 @@ def jacobian_norms(
         return field(x, at)
 
     def random() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x)
+        return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x)
 
     with sdpa_kernel(SDPBackend.MATH):
         time = rms(jvp(lambda t: field(x, t), (at,), (torch.ones_like(at),))[1])

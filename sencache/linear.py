@@ -16,7 +16,8 @@ from solvers import Stepper
 def uses_one_output(stepper: Stepper, ts: Tensor) -> bool:
     """Whether two steps of outputs 1 and 0 go as `weights` says: one output a step, and no history."""
     linear, outputs = getattr(stepper, "linear", stepper), iter([1.0, 0.0])
-    x, memory, expected = torch.zeros(1, 1, dtype=torch.float64), None, torch.zeros(1, 1, dtype=torch.float64)
+    nothing = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    x, memory, expected = nothing, None, nothing
     try:
         middle = ts.double().cpu()[max(0, len(ts) // 2 - 2) :]  # an end of the grid may be a lower-order step
         for output, (t, t_next) in zip((1.0, 0.0), pairwise(middle), strict=False):
@@ -32,7 +33,8 @@ def check_linear(stepper: Stepper, ts: Tensor) -> None:
     """Raise where a stepper makes of outputs a million times as large something else than a million times as much."""
 
     def moved(output: float) -> Tensor:
-        linear, x, memory = getattr(stepper, "linear", stepper), torch.zeros(1, 1, dtype=torch.float64), None
+        x, memory = torch.zeros(1, 1, dtype=torch.float64, device="cpu"), None
+        linear = getattr(stepper, "linear", stepper)
         for t, t_next in islice(pairwise(ts.double().cpu()), 3):
             dx, memory = linear.advance(lambda x, t: torch.full_like(x, output), x, t, t_next, memory)
             x = x + dx

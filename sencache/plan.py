@@ -110,10 +110,10 @@ def _influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_linear(stepper, ts)
     linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
     times = list(dict.fromkeys(asked))
-    unit = torch.eye(len(times), dtype=torch.float64)
+    unit = torch.eye(len(times), dtype=torch.float64, device="cpu")
     answers = iter([unit[times.index(t)] for t in asked])
     end = _linear_end(linear, lambda x, t: next(answers).expand_as(x), ts, len(times))
-    return torch.tensor(times, dtype=torch.float64), end[0], torch.tensor([asked.count(t) for t in times])
+    return ts.new_tensor(times), end[0], ts.new_tensor([asked.count(t) for t in times]).long()
 
 
 def _asked(stepper: Stepper, ts: Tensor) -> list[float]:
@@ -129,7 +129,7 @@ def _asked(stepper: Stepper, ts: Tensor) -> list[float]:
 
 
 def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int) -> Tensor:
-    x, memory = torch.zeros(1, columns, dtype=torch.float64), None
+    x, memory = torch.zeros(1, columns, dtype=torch.float64, device="cpu"), None
     for t, t_next in pairwise(ts):
         dx, memory = stepper.advance(field, x, t, t_next, memory)
         x = x + dx
@@ -209,7 +209,7 @@ def plan_for(
     if nfe is not None and nfe > len(times):
         raise ValueError(f"`nfe` is {nfe}, and {stepper} asks for only {len(times)} outputs on this grid.")
     answers = regime(times)
-    part = torch.cat([torch.zeros(1, dtype=torch.int64), (answers[1:] != answers[:-1]).cumsum(0)])
+    part = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), (answers[1:] != answers[:-1]).cumsum(0)])
     heard = 0.0 if hasattr(stepper, "noise") else HEARD
     plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
     if (counts > 1).any():  # one output answers for several, and nobody knows what that does
@@ -224,7 +224,8 @@ def _as_rehearsed(profile: SensitivityProfile, ts: Tensor) -> Tensor:
 
     So that a grid in another precision, or from another machine, has the plans that were rehearsed, all ties alike.
     """
-    known, ts = torch.tensor(profile.facts.get("rehearsed_ts", []), dtype=torch.float64), ts.double().cpu()
+    ts = ts.double().cpu()
+    known = ts.new_tensor(profile.facts.get("rehearsed_ts", []))
     if known.shape != ts.shape:
         return ts
     steps = known.diff().abs()

@@ -55,14 +55,14 @@ class SensitivityProfile:
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha_x", "alpha_t"):
-            value = torch.as_tensor(getattr(self, name)).detach().double().cpu().clone()
+            value = torch.as_tensor(getattr(self, name), device="cpu").detach().double().clone()
             object.__setattr__(self, name, value)
             if value.ndim != 1 or value.shape != self.t.shape:
                 came = f"{tuple(value.shape)} beside t's {tuple(self.t.shape)}"
                 raise ValueError(f"t, alpha_x and alpha_t must be of one shape (M,); got {name} of shape {came}.")
         for name in OPTIONAL:
             if (part := getattr(self, name)) is not None:
-                part = torch.as_tensor(part).detach().cpu()
+                part = torch.as_tensor(part, device="cpu").detach()
                 object.__setattr__(self, name, part.double() if part.is_floating_point() else part)
         if self.gram is not None and self.gram.shape[1:] not in [(n, n) for n in (len(self.t), len(self.t) + 1)]:
             raise ValueError(
@@ -108,7 +108,7 @@ class SensitivityProfile:
         weights = torch.from_numpy(spline(t.clamp(low, high).numpy()))[:, order.argsort()]
         nearest = (t[:, None] - known).abs()
         exact = nearest.min(1).values <= 1e-6 * (high - low)
-        weights[exact] = torch.eye(len(order), dtype=torch.float64)[nearest.argmin(1)[exact]]
+        weights[exact] = torch.eye(len(order), dtype=torch.float64, device="cpu")[nearest.argmin(1)[exact]]
         return weights @ self.gram @ weights.T
 
     def factor(self, nfe: int, share: float = 0.9) -> float:

@@ -83,13 +83,13 @@ def rehearse(
             try:
                 end, ratio = _compared(cached, x, ts, stepper)
             except FloatingPointError:  # so few evaluations lead nowhere
-                end, ratio = torch.full_like(full, torch.inf), torch.full((len(x), steps), torch.nan).double()
+                end, ratio = torch.full_like(full, torch.inf), times.new_full((len(x), steps), torch.nan)
             error, plan = rms((end - full).double()) / rms(full.double()), cached.plan(ts, stepper)
             expected.append(plan.relative_error if plan.stable else torch.inf)
             factors.append(over(error.cpu(), plan.relative_error))
             ratios.append(ratio)
     facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
-    known = {"budgets": torch.tensor(budgets), "expected": torch.tensor(expected, dtype=torch.float64)}
+    known = {"budgets": torch.tensor(budgets, device="cpu"), "expected": times.new_tensor(expected)}
     return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
 
 

@@ -75,7 +75,7 @@ class Report:
         return 1 - self.evaluations / self.queries.clamp(min=1)
 
     def _count(self, happened: Callable[[Query], Tensor]) -> Tensor:
-        total = torch.zeros(max((len(query.t) for query in self.trace), default=0), dtype=torch.int64)
+        total = torch.zeros(max((len(query.t) for query in self.trace), default=0), dtype=torch.int64, device="cpu")
         for query in self.trace:
             total[: len(query.t)] += happened(query)
         return total

@@ -83,7 +83,7 @@ def script(stepper: Stepper, plan: Plan, repays: bool, ts: Tensor) -> Script | N
 
 def _queries(linear: Stepper, ts: Tensor) -> Iterator[tuple[int, bool]]:
     """How often each step asks, and whether it leaves no history."""
-    x, memory, asked = torch.zeros(1, 1, dtype=torch.float64), None, 0
+    x, memory, asked = torch.zeros(1, 1, dtype=torch.float64, device="cpu"), None, 0
 
     def nothing(x: Tensor, t: Tensor) -> Tensor:
         nonlocal asked
@@ -157,7 +157,7 @@ class Walk:
     def _continued(self, x: Tensor, t: Tensor, j: int) -> Tensor:
         self._note(x, t)
         last, before, _ = self.outputs
-        phi = float(torch.tensor(self.script.phi[j]).to(last.dtype))
+        phi = float(torch.tensor(self.script.phi[j], device="cpu").to(last.dtype))
         return (torch.lerp(last, before, -phi) if phi else last.clone()).to(x.dtype)
 
     def _note(self, x: Tensor, t: Tensor) -> None:
@@ -182,7 +182,7 @@ class Walk:
 
         decided = reused[:, None].repeat(t.shape[1], 1)
         rows = zip(*(torch.from_numpy(each).unbind() for each in (t, predicted, decided, ~decided, found)), strict=True)
-        no = torch.zeros(t.shape[1], dtype=torch.bool)
+        no = torch.zeros(t.shape[1], dtype=torch.bool, device="cpu")
         for times, change, reuse, computed, later in rows:
             report.add(Query(times, change, reuse, no, computed, 0, later, change), False)
 

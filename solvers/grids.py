@@ -1,7 +1,8 @@
 """Time grids: strictly monotone float64 tensors ts (K + 1,) from `start` to `end`, for K steps.
 
 Time is the path's own, in [0, 1]; give `start` < `end` where the data are at t = 1. Infinite log-SNR (pure noise, pure
-data) has no place on a grid that is uniform in it, so `log_snr` and `karras` take ends inside (0, 1).
+data) has no place on a grid that is uniform in it, so `log_snr` and `karras` take ends inside (0, 1). Grids are on the
+CPU, whatever torch's default device: their numbers are read at every step.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def logarithmic(steps: int, start: float = 1.0, end: float = 1e-3) -> Tensor:
     """Equal ratios of t."""
     if not (start > 0 and end > 0):
         raise ValueError(f"A logarithmic grid needs positive ends; got {start} and {end}. Move the zero to 1e-3, say.")
-    return torch.exp(_spaced(steps, *torch.tensor([start, end], dtype=torch.float64).log().tolist()))
+    return torch.exp(_spaced(steps, *torch.tensor([start, end], dtype=torch.float64, device="cpu").log().tolist()))
 
 
 def log_snr(steps: int, path: Path, start: float = 0.999, end: float = 0.001) -> Tensor:
@@ -50,7 +51,7 @@ def karras(steps: int, path: Path, start: float = 0.999, end: float = 0.001, rho
 
 def through(times: Tensor, end: float | Tensor) -> Tensor:
     """The grid of given times (K,), such as a plan's nodes ``plan.times[plan.nodes]``, and its end: (K + 1,)."""
-    known = torch.as_tensor(times, dtype=torch.float64).cpu()
+    known = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     return check_grid(torch.cat([known, known.new_tensor([float(end)])]))
 
 
@@ -63,4 +64,4 @@ def _inside(start: float, end: float) -> tuple[float, float]:
 def _spaced(steps: int, start: float, end: float) -> Tensor:
     if steps < 1 or start == end:
         raise ValueError(f"A grid needs a step or more between two different ends; got {steps} from {start} to {end}.")
-    return torch.linspace(start, end, steps + 1, dtype=torch.float64)
+    return torch.linspace(start, end, steps + 1, dtype=torch.float64, device="cpu")

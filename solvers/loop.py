@@ -55,7 +55,7 @@ def integrate(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper = EU
 
 def check_grid(ts: Tensor) -> Tensor:
     """`ts` as a floating-point tensor, or a ValueError that says what is wrong with it."""
-    ts = ts if isinstance(ts, Tensor) else torch.as_tensor(ts, dtype=torch.float64)
+    ts = ts if isinstance(ts, Tensor) else torch.as_tensor(ts, dtype=torch.float64, device="cpu")
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(f"`ts` must be a grid of at least two times, shape (K + 1,); got shape {tuple(ts.shape)}.")
     ts = ts if ts.is_floating_point() else ts.double()

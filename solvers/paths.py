@@ -61,7 +61,7 @@ class Path(ABC):
 
     def coefficients(self, t: Time, x: Tensor | None = None) -> Coefficients:
         """The schedule at t; for t (B,) shaped (B, 1, ...) and in the dtype of x, which a () tensor does not need."""
-        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+        t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
         u, direction = (t, 1) if self.data_at == 0 else (1 - t, -1)
         alpha, sigma, dalpha, dsigma = self._schedule(u if u.is_floating_point() else u.double())
         parts = [alpha, sigma, direction * dalpha, direction * dsigma]
@@ -75,7 +75,8 @@ class Path(ABC):
 
     def time_of(self, log_snr: Time) -> Tensor:
         """The inverse of `log_snr`."""
-        u = self._u_of(torch.as_tensor(log_snr, dtype=torch.float64))
+        exact = log_snr if isinstance(log_snr, Tensor) else torch.tensor(log_snr, dtype=torch.float64, device="cpu")
+        u = self._u_of(exact.double())
         return u if self.data_at == 0 else 1 - u
 
     def sample(self, data: Tensor, noise: Tensor, t: Time) -> Tensor:

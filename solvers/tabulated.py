@@ -31,9 +31,9 @@ class Tabulated(Path):
                 "`alphas_cumprod` must fall strictly, from below 1 to 0 or more, over two timesteps or more; got shape "
                 f"{tuple(table.shape)}{ends}. Give the scheduler's own table."
             )
-        marks = table[torch.linspace(0, len(table) - 1, 8).round().long()]
+        marks = table[torch.linspace(0, len(table) - 1, 8, device="cpu").round().long()]
         self.steps, self.marks = len(table), " ".join(f"{mark:.2g}" for mark in marks.tolist())
-        alpha, sigma = (torch.cat([torch.tensor([end]).double(), part]) for end, part in ((1, table), (0, 1 - table)))
+        alpha, sigma = (torch.cat([table.new_tensor([end]), part]) for end, part in ((1, table), (0, 1 - table)))
         self.angle = torch.atan2(sigma.sqrt(), alpha.sqrt())  # (T + 1,)
         self.complement = torch.atan2(alpha.sqrt(), sigma.sqrt())  # pi / 2 - angle, exact where that is 0
         secant = self.angle.diff()

@@ -90,7 +90,7 @@ class Guided(ABC):
     def _time(self, x: Tensor, t: Tensor | float) -> Tensor:
         if len(x) != self.size:
             raise ValueError(f"This field is conditioned for {self.size} samples, and x holds {len(x)}.")
-        t = torch.as_tensor(t)
+        t = t if isinstance(t, Tensor) else torch.tensor(t, device=x.device)
         return t.expand(len(x), *t.shape[1:])
 
     def _batches(self, x: Tensor, t: Tensor) -> list[tuple[Tensor, Tensor, Conditioning]]:

@@ -116,7 +116,7 @@ class WanExperts:
 
     def expert(self, t: Tensor | float) -> WanField:
         """The one that answers at t. Raises ValueError where samples stand on both sides of the boundary."""
-        high = self.regime(torch.as_tensor(t))
+        high = self.regime(t if isinstance(t, Tensor) else torch.tensor(t, device="cpu"))
         if high.any() and not high.all():
             raise ValueError(f"Samples of one call must stand on one side of t = {self.boundary:g}; got {t}.")
         return self.high if high.all() else self.low

@@ -66,7 +66,7 @@ def segment_errors(
     errors = [[0.0] * (i < steps - 1) for i in range(steps)]
     with torch.no_grad():
         for i, j in tqdm(segments, desc="segments", disable=not progress):
-            nodes = torch.tensor([k for k in range(steps) if not i < k < j])
+            nodes = torch.tensor([k for k in range(steps) if not i < k < j], device="cpu")
             known.begin(i + 1)
             end = CachedField(known, criterion=Scheduled(times, nodes), **options).integrate(x, ts, stepper)
             errors[i].append(float(mean_abs(end - full).mean()))
@@ -134,4 +134,4 @@ def lemica(errors: Sequence[Sequence[float]], ts: Tensor, nfe: int, stepper: Ste
         raise ValueError(
             f"The segments are of {len(errors)} steps, and the grid has {len(ts) - 1}: measure them on it."
         )
-    return Scheduled(influence(stepper, ts)[0], torch.tensor(minimax_path(errors, nfe)))
+    return Scheduled(influence(stepper, ts)[0], torch.tensor(minimax_path(errors, nfe), device="cpu"))

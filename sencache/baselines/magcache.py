@@ -38,11 +38,11 @@ class MagCache:
         self.ts = grid_of(ts)
         if not 0 <= retention <= 1:
             raise ValueError(f"`retention` is a share of the steps, 0 to 1; got {retention}.")
-        gamma = torch.tensor([float(ratio) for ratio in ratios], dtype=torch.float64)
+        gamma = torch.tensor([float(ratio) for ratio in ratios], dtype=torch.float64, device="cpu")
         if not len(gamma) or not (gamma.isfinite() & (gamma > 0)).all():
             raise ValueError(f"`ratios` must be positive, one for each step; got {list(ratios)}.")
         steps = len(self.ts) - 1
-        place = torch.linspace(0, len(gamma) - 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1)
+        place = torch.linspace(0, len(gamma) - 1 if steps > 1 else 0, steps, dtype=torch.float64, device="cpu")
         self.product = gamma[place.round().long()].cumprod(0)  # (K,) gamma_0 ... gamma_k
         self.retained = int(steps * retention)
 

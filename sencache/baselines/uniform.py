@@ -20,7 +20,7 @@ def uniform(ts: Tensor, nfe: int, stepper: Stepper = EULER, *, last: bool = Fals
     times = influence(stepper, ts)[0]
     if not 1 <= nfe <= len(times):
         raise ValueError(f"`nfe` must be 1 to {len(times)}, the outputs that {stepper} asks for here; got {nfe}.")
-    at = torch.linspace(0, len(times) - last, nfe + (not last), dtype=torch.float64)[:nfe]
+    at = torch.linspace(0, len(times) - last, nfe + (not last), dtype=torch.float64, device="cpu")[:nfe]
     return Scheduled(times, at.round().long())
 
 
@@ -29,4 +29,4 @@ def every(ts: Tensor, k: int, stepper: Stepper = EULER) -> Scheduled:
     times = influence(stepper, ts)[0]
     if k < 1:
         raise ValueError(f"`k` counts outputs from one evaluation to the next, 1, 2, ...; got {k}.")
-    return Scheduled(times, torch.arange(0, len(times), k))
+    return Scheduled(times, torch.arange(0, len(times), k, device="cpu"))

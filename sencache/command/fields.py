@@ -76,7 +76,7 @@ class FieldSource:
 
     def noise(self, seeds: range) -> Tensor:
         """x_T (B, ...), a generator a sample, so that a seed gives the same sample in every batch."""
-        each = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        each = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed), device="cpu") for seed in seeds]
         return torch.stack(each).to(self.device, self.dtype)
 
     def measured(self, seeds: range, secants: bool, file: str | None) -> SensitivityProfile:

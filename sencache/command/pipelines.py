@@ -123,7 +123,7 @@ class PipelineSource:
             return_dict=False,
             **self.given,
         )[0]
-        return torch.as_tensor(np.asarray(result)) if not isinstance(result, Tensor) else result.cpu()
+        return torch.from_numpy(np.asarray(result)) if not isinstance(result, Tensor) else result.cpu()
 
     def _check_arguments(self, options: argparse.Namespace) -> None:
         known = inspect.signature(self.pipe.__call__).parameters

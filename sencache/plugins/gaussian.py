@@ -24,13 +24,13 @@ PREDICTIONS = ("data", "noise", "score", "v", "velocity")
 
 def time_of(alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """The time on the linear path, float64, of the host's alpha and sigma."""
-    alpha, sigma = (torch.as_tensor(value).detach().cpu().double() for value in (alpha, sigma))
+    alpha, sigma = (torch.as_tensor(value, device="cpu").detach().double() for value in (alpha, sigma))
     return torch.where(sigma.isinf(), 1.0, sigma / (alpha + sigma))
 
 
 def inside(t: Tensor | float) -> Tensor:
     """t, (1,) float64, kept 1e-3 off pure data and pure noise, where a velocity is a difference over nothing."""
-    return torch.as_tensor(t, dtype=torch.float64).detach().cpu().reshape(1).clamp(1e-3, 1 - 1e-3)
+    return torch.as_tensor(t, dtype=torch.float64, device="cpu").detach().reshape(1).clamp(1e-3, 1 - 1e-3)
 
 
 class Carrier:
@@ -44,7 +44,8 @@ class Carrier:
         if prediction not in PREDICTIONS:
             raise ValueError(f"A model predicts one of {', '.join(PREDICTIONS)}; got {prediction!r}.")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        alpha, sigma = (torch.as_tensor(value).detach().cpu().double().expand(len(x)) for value in (alpha, sigma))
+        exact = (torch.as_tensor(value, device="cpu").detach().double() for value in (alpha, sigma))
+        alpha, sigma = (value.expand(len(x)) for value in exact)
         self.t, self.prediction = time_of(alpha, sigma), prediction
         whole = alpha + sigma
         shares = (whole, alpha, sigma, alpha / whole, sigma / whole)

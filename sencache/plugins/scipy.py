@@ -76,11 +76,13 @@ def wrap(
     """
     if method in ("RK45", "DOP853"):
         options.setdefault("reuse", "hold")
-    with calling(fun, profile, torch.as_tensor(ts), method, METHODS, REFUSED, force=force, **options) as calls:
+    with calling(
+        fun, profile, torch.as_tensor(ts, device="cpu"), method, METHODS, REFUSED, force=force, **options
+    ) as calls:
 
         def cached(t: float, y: np.ndarray, *args: Any) -> np.ndarray:
-            x = torch.tensor(y)[None]  # a copy: solve_ivp writes into its own
-            dy = calls.ask(x, float(t), lambda: torch.tensor(np.asarray(fun(t, y, *args)))[None], *args)
+            x = torch.tensor(y, device="cpu")[None]  # a copy: solve_ivp writes into its own
+            dy = calls.ask(x, float(t), lambda: torch.tensor(np.asarray(fun(t, y, *args)), device="cpu")[None], *args)
             return dy[0].numpy()
 
         yield hosted(fun, calls, cached)
@@ -88,7 +90,7 @@ def wrap(
 
 def fixed_steps(ts: Any) -> dict[str, float]:
     """What `solve_ivp` is to be told, so that it steps over ts (K + 1,) and over nothing else."""
-    steps = check_grid(torch.as_tensor(ts)).double().diff().abs()
+    steps = check_grid(torch.as_tensor(ts, device="cpu")).double().diff().abs()
     if not torch.allclose(steps, steps[0].expand_as(steps), rtol=1e-5):
         raise ValueError(f"`solve_ivp` can be held to equal steps only; got steps from {steps.min()} to {steps.max()}.")
     step = float(steps.mean()) * (1 + 1e-9)  # else rounding leaves a sliver of a step at the end

@@ -70,7 +70,8 @@ def wrap(
         return marginal(sde, sde.T - t if variance_exploding else t)
 
     options.setdefault("correct", False)
-    grid = torch.cat([times(ts, sde), torch.zeros(1, dtype=torch.float64)])  # a step from the last time to the data
+    known = times(ts, sde)
+    grid = torch.cat([known, known.new_zeros(1)])  # a step from the last time to the data
     with calling(model, profile, grid, method, METHODS, REFUSED, force=force, **options) as calls:
         translated = Translated(calls)
 

@@ -77,4 +77,4 @@ def wrap(
 
 def field(model: Callable[..., Tensor], *args: Any, **kwargs: Any) -> VelocityField:
     """The model with t in SiT's shape and its conditioning, for `calibrate`."""
-    return lambda x, t: model(x, torch.as_tensor(t).to(x).expand(len(x)), *args, **kwargs)
+    return lambda x, t: model(x, torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x)), *args, **kwargs)

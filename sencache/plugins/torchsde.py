@@ -72,6 +72,6 @@ def field(sde: Any) -> VelocityField:
     """The drift with its arguments in our order, for `calibrate`; along the deterministic flow of the drift alone."""
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
-        return sde.f(torch.as_tensor(t).to(x), x)
+        return sde.f(torch.as_tensor(t, dtype=x.dtype, device=x.device), x)
 
     return drift

@@ -60,8 +60,9 @@ class Debts:
 
     def __init__(self, sampler: Sampler, batch: int, pays: bool):
         self.sampler, self.pays = sampler, pays
-        self.open = torch.zeros(len(sampler.which), batch, 3, dtype=torch.float64)  # what each call's reuse adds
-        self.closes = torch.zeros(batch, dtype=torch.bool)  # which samples the last step evaluated
+        shape = len(sampler.which), batch, 3
+        self.open = torch.zeros(shape, dtype=torch.float64, device="cpu")  # what each call's reuse adds
+        self.closes = torch.zeros(batch, dtype=torch.bool, device="cpu")  # which samples the last step evaluated
         self.asked: tuple[int, ...] = ()  # which conditionings it asked for
         self.drop()
 
@@ -70,7 +71,8 @@ class Debts:
         self.open.zero_()
         self.y_r: Tensor | None = None  # the last evaluation
         self.y_2: Tensor | None = None  # the one before
-        self.s_r = self.s_2 = torch.full((len(self.closes),), torch.nan, dtype=torch.float64)  # where they were
+        nowhere = torch.full((len(self.closes),), torch.nan, dtype=torch.float64, device="cpu")
+        self.s_r = self.s_2 = nowhere  # where they were
 
     def settle(self, k: int, notes: list[Note], y: Tensor, states: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
         """The states after call k that differ once the gaps that it closed are repaid; y (B, ...) is the guided output.

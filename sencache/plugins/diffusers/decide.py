@@ -58,7 +58,7 @@ class Drift:
 
     def __init__(self, debts: Debts, norm: Norm):
         self.debts, self.norm = debts, norm
-        self.said = torch.full((len(debts.closes),), torch.inf, dtype=torch.float64)
+        self.said = torch.full((len(debts.closes),), torch.inf, dtype=torch.float64, device="cpu")
 
     def predicted(self, seen: Look) -> Tensor:
         return torch.where(seen.known, unfold(self.said, len(seen.t)), torch.inf)

@@ -20,8 +20,8 @@ def plan_on_file(profile: SensitivityProfile, nfe: int) -> Plan:
     gain = profile.facts.get("gain")
     if gain is None:
         raise ValueError("This profile does not know its scheduler's weights, without which nothing can be planned.")
-    weights = {("", 0): torch.tensor(gain, dtype=torch.float64)}
-    sampler = Sampler(profile.t, torch.arange(len(profile.t)), (weights,))
+    weights = {("", 0): torch.tensor(gain, dtype=torch.float64, device="cpu")}
+    sampler = Sampler(profile.t, torch.arange(len(profile.t), device="cpu"), (weights,))
     return plan_of(profile, sampler, profile.facts["sampler"], Options(nfe=nfe))
 
 
@@ -48,7 +48,7 @@ def plan_of(
         (times - at) * profile.direction >= -1e-6 * (times[0] - times[-1]).abs()
         for at in profile.facts.get("crossings", [])
     ]
-    part = torch.stack([torch.zeros(len(times)), *(late.double() for late in passed if not late[0])]).sum(0).long()
+    part = torch.stack([times * 0, *(late.double() for late in passed if not late[0])]).sum(0).long()
     how = options.reuse, options.correct, nfe, options.rtol
     plan = best_plan(profile, times, sampler.gain, part, name, *how)
     return replace(plan, difference=plan.difference * torch.nan)  # of guided outputs, and each call is of one branch

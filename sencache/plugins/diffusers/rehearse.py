@@ -48,8 +48,8 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
         raise ValueError("`runs` must hold at least one run of the pipeline; got none.")
     facts = {**profile.facts, "rehearsed": handle.known.name}
     measured = torch.cat(factors, 1)
-    expected = torch.tensor([sizes[nfe] for nfe in budgets], dtype=torch.float64)
-    known = {"budgets": torch.tensor(budgets), "expected": expected, "factors": measured}
+    expected = torch.tensor([sizes[nfe] for nfe in budgets], dtype=torch.float64, device="cpu")
+    known = {"budgets": torch.tensor(budgets, device="cpu"), "expected": expected, "factors": measured}
     profile = replace(profile, **known, ratios=None, facts=facts)
     handle.keep(profile)
     return profile

@@ -123,8 +123,9 @@ def probe(scheduler: Any, given: Mapping[str, Any], start: int) -> Sampler:
     """
     times = clock(scheduler)[start:]
     size = len(times)
-    mixture = torch.linspace(-1, 0.7, size, dtype=torch.float64)[:, None]  # one combination, to see that it is linear
-    outputs = torch.cat([torch.eye(size, dtype=torch.float64), mixture], 1)
+    each = torch.eye(size, dtype=torch.float64, device="cpu")
+    mixture = torch.linspace(-1, 0.7, size, dtype=torch.float64, device="cpu")  # of all, to see that it is linear
+    outputs = torch.cat([each, mixture[:, None]], 1)
     state = torch.get_rng_state()
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -137,15 +138,15 @@ def probe(scheduler: Any, given: Mapping[str, Any], start: int) -> Sampler:
         rows = {slot: (part - noise[slot])[0] for slot, part in states.items() if slot in noise}
         row = rows["", 0]
         scale = row.abs().max() * size
-        if not row.isfinite().all() or (row[:-1] @ mixture[:, 0] - row[-1]).abs() > 1e-3 * scale + 1e-6:
+        if not row.isfinite().all() or (row[:-1] @ mixture - row[-1]).abs() > 1e-3 * scale + 1e-6:
             raise ValueError(
                 f"{type(scheduler).__name__} is not linear in the model's outputs, and plans and corrections need "
                 "that. Use `tolerance=...` with `correct=False`, or `sencache.disable(pipe)`."
             )
         weights.append({slot: row[:-1] for slot, row in rows.items()})
     distinct = list(dict.fromkeys(times.tolist()))
-    which = torch.tensor([distinct.index(t) for t in times.tolist()])
-    return Sampler(torch.tensor(distinct, dtype=torch.float64), which, tuple(weights))
+    which = torch.tensor([distinct.index(t) for t in times.tolist()], device="cpu")
+    return Sampler(torch.tensor(distinct, dtype=torch.float64, device="cpu"), which, tuple(weights))
 
 
 def _run(scheduler: Any, given: Mapping[str, Any], start: int, outputs: Tensor) -> list[dict[Slot, Tensor]]:

@@ -40,7 +40,7 @@ class Trajectory:
 
     def __init__(self, options: Options, report: Report, know: Callable[..., Known]):
         self.options, self.know = options, know
-        self.times = torch.zeros(0)  # (N,) of the grid, once it is walked
+        self.times = torch.zeros(0, device="cpu")  # (N,) of the grid, once it is walked
         self.notes = Notes()  # what the calls since the last step did
         self.run = Run(Transformers(), everything(options.norm, options.payload), lambda args, _: args[0])
         self.run.report, self.run.ledger = report, self.notes
@@ -104,7 +104,7 @@ class Trajectory:
 
     def _stand(self, scheduler: Any, timestep: Any) -> None:
         """Make sure that the step to be taken is the one that the grid stands at; the first one may be anywhere."""
-        steps, t = scheduler.timesteps.cpu().double(), float(torch.as_tensor(timestep).flatten()[0])
+        steps, t = scheduler.timesteps.cpu().double(), float(torch.as_tensor(timestep, device="cpu").flatten()[0])
         if len(steps) == len(self.times) and float(steps[self.k]) == t:
             return
         hits = (steps == t).nonzero()
@@ -134,15 +134,16 @@ class Measurement:
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []  # (B, at most ELEMENTS), one a call
         self.models: list[str] = []  # which one answered
-        self.some = torch.zeros(0)  # which elements are kept
-        self.size = torch.zeros(0)  # (B,) RMS of the last state
+        self.some = torch.zeros(0, device="cpu")  # which elements are kept
+        self.size = torch.zeros(0, device="cpu")  # (B,) RMS of the last state
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """A call's output y (B, ...) and the state x (B, ...) after it."""
         flat = y.detach().reshape(len(y), -1)
         if flat.shape[1] > ELEMENTS:
             if not self.outputs:
-                some = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0))[:ELEMENTS]
+                generator = torch.Generator().manual_seed(0)
+                some = torch.randperm(flat.shape[1], generator=generator, device="cpu")[:ELEMENTS]
                 self.some = some.to(flat.device)
             flat = flat[:, self.some]
         self.outputs.append(flat.float().cpu())
@@ -150,7 +151,7 @@ class Measurement:
 
     def profile(self, sampler: Sampler, facts: dict[str, Any]) -> SensitivityProfile:
         """The profile of a whole run. Of several outputs at one time the first one counts."""
-        first = torch.tensor([int((sampler.which == t).nonzero()[0]) for t in range(len(sampler.times))])
+        first = torch.tensor([int((sampler.which == t).nonzero()[0]) for t in range(len(sampler.times))], device="cpu")
         y = torch.stack(self.outputs, 1)[:, first].double()  # (B, T, d)
         unmeasured = torch.full_like(sampler.times, torch.nan)
         models = [self.models[k] for k in first.tolist()]
@@ -179,7 +180,7 @@ def _first(scheduler: Any, timestep: Any) -> int:
     if begin is not None:
         return int(begin)
     steps = scheduler.timesteps.cpu().double()
-    t = torch.as_tensor(timestep).detach().cpu().double().max()
+    t = torch.as_tensor(timestep, device="cpu").detach().double().max()
     for unit in (1.0, float(scheduler.config.get("num_train_timesteps", 1000))):
         hits = ((steps - t * unit).abs() <= 1e-3 * (t * unit).abs().clamp(min=1e-3)).nonzero()
         if len(hits):
