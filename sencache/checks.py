@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -46,7 +46,7 @@ def check_options(
     }
     if len(said) > 1:
         raise ValueError(f"Say how much to pay in one way, `nfe`, `rtol` or `tolerance`; got {', '.join(said)}.")
-    if nfe is not None and (isinstance(nfe, bool) or not (nfe >= 1 and nfe % 1 == 0)):
+    if nfe is not None and not _counts(nfe):
         raise ValueError(f"`nfe` counts evaluations, 1, 2, ...; got {nfe}.")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"`rtol` is a relative error and must be positive; got {rtol}.")
@@ -80,6 +80,19 @@ def check_payload(field: Any, payload: str, rtol: float | None) -> None:
         )
     if payload != "output" and rtol is not None:
         raise ValueError(f'`rtol` is rehearsed with payload="output"; with "{payload}" give `nfe`.')
+
+
+def check_budgets(budgets: Iterable[int]) -> tuple[int, ...]:
+    """Numbers of evaluations, rising and each once; raises ValueError where one is none."""
+    given = list(budgets) if isinstance(budgets, Iterable) else [0]  # which counts nothing
+    if not all(not isinstance(n, str) and _counts(n) for n in given):
+        raise ValueError(f"`budgets` count evaluations, 1, 2, ..., each of a plan, as in (10, 20); got {budgets!r}.")
+    return tuple(sorted({int(n) for n in given}))
+
+
+def _counts(n: float) -> bool:
+    """Whether this is 1, 2, ..."""
+    return not isinstance(n, bool) and n >= 1 and n % 1 == 0
 
 
 def check_profile(profile: object) -> None:

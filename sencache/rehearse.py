@@ -10,14 +10,13 @@ samples; of fewer the largest is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sencache.cache import CachedField, check_bare
-from sencache.checks import check_profile
+from sencache.checks import check_budgets, check_profile
 from sencache.memory import one_network
 from sencache.norms import difference, rms
 from sencache.plan import influence, sampler_name
@@ -91,15 +90,6 @@ def rehearse(
     facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
     known = {"budgets": torch.tensor(budgets, device="cpu"), "expected": times.new_tensor(expected)}
     return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
-
-
-def check_budgets(budgets: Iterable[int]) -> tuple[int, ...]:
-    """Budgets, rising and each once; raises ValueError for what does not count evaluations."""
-    given = list(budgets) if isinstance(budgets, Iterable) else []
-    counts = all(not isinstance(n, str | bool) and n >= 1 and n % 1 == 0 for n in given)
-    if not counts or not isinstance(budgets, Iterable):
-        raise ValueError(f"`budgets` count evaluations, 1, 2, ..., each of a plan, as in (10, 20); got {budgets!r}.")
-    return tuple(sorted({int(n) for n in given}))
 
 
 def usual_budgets(queries: int, networks: int = 1, most: int = 13) -> list[int]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sencache.checks import check_budgets
 from sencache.norms import rms
 from sencache.profile import SensitivityProfile
-from sencache.rehearse import check_budgets, over, usual_budgets
+from sencache.rehearse import over, usual_budgets
 
 if TYPE_CHECKING:
     from sencache.plugins.diffusers.handle import Handle
