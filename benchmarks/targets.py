@@ -3,9 +3,10 @@
     python -m benchmarks.targets [--images 256] [--rehearsed 64]
 
 `rehearse` on samples of the calibration seeds, everything else on the reported ones. Prints, as Markdown: what
-rehearsal found; for each `rtol` the evaluations spent, the share of samples at or under it and the median of achieved
-over asked; for each budget how far the errors of samples spread, and what a sample could have known of its own; and
-how the predicted error of a reuse compares with the true one, evaluated for the purpose.
+rehearsal found, the limits of plans and what is made of errors; for each `rtol` the evaluations spent, the share of
+samples at or under it and the median of achieved over asked; for each budget how far the errors of samples spread, and
+what a sample could have known of its own; and how the predicted error of a reuse compares with the true one, evaluated
+for the purpose.
 """
 
 from __future__ import annotations
@@ -93,9 +94,13 @@ if __name__ == "__main__":
     profile = rehearse(sit_field(rehearsed), sit_profile(), noise(8 + rehearsed, "calibration")[8:], GRID)
     assert profile.budgets is not None
     assert profile.factors is not None
+    assert profile.amplified is not None
     print("| evaluations | error / expected: median | limit for 90 % |\n|---|---|---|")
     for budget, factors in zip(profile.budgets.tolist(), profile.factors, strict=True):
         print(f"| {budget} | {factors.median():.2f} | {profile.factor(budget):.2f} |")
+    print("\n| errors made at t | are larger in the end by: median | worst decile |\n|---|---|---|")
+    for t, each in zip(GRID[2:-1:6].tolist(), profile.amplified.T[2::6], strict=True):
+        print(f"| {t:.2f} | {each.median():.2f} | {each.quantile(0.9):.2f} |")
     field, x = sit_field(images), noise(images, "reported")
     full = integrate(field, x, GRID)
     print("\n| `rtol` | evaluations | samples at or under it | achieved / asked, median |\n|---|---|---|---|")

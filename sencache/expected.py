@@ -51,8 +51,9 @@ class Errors:
 
     def _squares(self, nodes: Array, gaps: Gaps) -> Array:
         """The squared errors (C, S) of schedules (C, N) and their gaps."""
-        left = gaps.left_there.cumsum(1)
-        wrong = _squared(left - gaps.left_there + gaps.owed_there)  # (C, N, S), of the state where a gap ends
+        carry = self.problem.carry[nodes, self._around(nodes)[1]][..., None, None]
+        left = (carry * gaps.left_there).cumsum(1)
+        wrong = _squared(left + carry * (gaps.owed_there - gaps.left_there))  # (C, N, S), of the state where a gap ends
         heard = self._heard(nodes, gaps)
         again = np.minimum(np.tril(heard[:, :-1, 1:], -1), 1) @ wrong[:, :-1]  # in a stable run nothing grows
         echoes = (heard[:, -1, 1:, None] * (wrong[:, :-1] + again)).sum(1)

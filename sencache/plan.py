@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sencache.amplification import carried
 from sencache.batch import Array
 from sencache.discretisation import discretisation
 from sencache.expected import Errors
@@ -266,7 +267,7 @@ def best_plan(
     each = profile.alpha_x[None] if profile.samples_x is None else profile.samples_x
     alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
     known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
-    known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x)}
+    known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x), "carried": carried(profile, times)}
     assumed = "assumed" in profile.facts
     polishes = heard > 0 and reuse != "hold" and not assumed  # it is known how errors cancel
     heard = 1.0 if heard and assumed else heard  # what is not polished is found with all of their weight
@@ -291,7 +292,7 @@ def best_plan(
         ranks.append(held.rank(ways[-1][1]))
     errors, nodes = ways[ranks.index(min(ranks))]
     size = float(profile.size.median()) if profile.size is not None else math.nan
-    plan = expectation(errors.problem, nodes, size, errors)
+    plan = expectation(replace(errors.problem, carried=np.ones(1)), nodes, size)
     if rehearsed != sampler or reuse != "linear" or not correct:
         return plan
     promised = profile.promise(n, plan.relative_error) if n < len(times) else 0.0

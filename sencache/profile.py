@@ -26,7 +26,7 @@ from torch import Tensor
 from sencache.conformal import quantile, tolerance_limit
 
 FORMAT = "sencache profile 1"
-OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "expected", "factors", "ratios")
+OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "expected", "factors", "ratios", "amplified")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,7 @@ class SensitivityProfile:
     factors: Tensor | None = None  # (R, S') error over expected error of each rehearsed sample
     ratios: Tensor | None = None  # (R, S', T) true over predicted error of each of their reuses; NaN at evaluations,
     #                               and throughout where runs diverged
+    amplified: Tensor | None = None  # (S', K) how many times larger an error of each output was in the end, of others
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 
     def __post_init__(self) -> None:

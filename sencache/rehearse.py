@@ -5,7 +5,8 @@ to field. The factor is measured: R_s = error of sample s / error expected, for 
 The k-th smallest of them covers a share of further samples that is distributed as Beta(k, S + 1 - k), whatever the
 factors are, as long as all are exchangeable: new seeds with new prompts are, new seeds of one prompt are not (Wilks
 1941; Vovk et al. 2005). k is the least for which that share is 90 % or more in nine of ten rehearsals, which takes 22
-samples; of fewer the largest is taken.
+samples; of fewer the largest is taken. A quarter of the samples, up to 8, teaches plans beforehand what the field makes
+of errors, and has no say in what these promise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sencache.amplification import run_amplified
 from sencache.cache import CachedField, check_bare
 from sencache.checks import check_budgets, check_profile
 from sencache.memory import one_network
@@ -25,6 +27,7 @@ from solvers import Euler, Stepper, VelocityField, WhiteNoise, integrate
 from solvers.loop import check_grid, check_stepper
 
 EULER = Euler()
+TEACHERS = 8  # samples, at most: as many as calibration has
 
 
 def rehearse(
@@ -41,8 +44,10 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. A promise is of the plan that was rehearsed: an `rtol` chooses among these, or evaluates everything.
-    The default budgets are up to 13 from 1/10 to 9/10 of the full run's. Pays for a full run, and for each budget as
-    much again, because every reuse is compared with the truth.
+    The first quarter of the samples, 8 at most, shows what the field makes of errors, which plans of this profile weigh
+    from then on; the others say what these plans keep, so give 30 samples or more. The default budgets are up to 13
+    from 1/10 to 9/10 of the full run's. Pays for two full runs, and for each budget as much as for one, because every
+    reuse is compared with the truth.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
@@ -68,7 +73,7 @@ def rehearse(
             "An assumed profile expects no error that could be rehearsed: calibrate first, `calibrate(...)`."
         )
     facts = {name: fact for name, fact in profile.facts.items() if name not in ("rehearsed", "rehearsed_ts")}
-    profile = replace(profile, budgets=None, expected=None, factors=None, ratios=None, facts=facts)
+    profile = replace(profile, budgets=None, expected=None, factors=None, ratios=None, amplified=None, facts=facts)
     answers = getattr(field, "regime", one_network)(times)
     networks = 1 + int((answers[1:] != answers[:-1]).sum())  # each is evaluated once or more
     budgets = check_budgets(budgets) or tuple(usual_budgets(steps, networks))
@@ -76,7 +81,9 @@ def rehearse(
         raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
     expected, factors, ratios = [], [], []
     with torch.no_grad():
-        full = integrate(field, x, ts, stepper)
+        full, amplified = run_amplified(field, x, ts, stepper)
+        facts["rehearsed_ts"], first = ts.double().cpu().tolist(), min(TEACHERS, len(x) // 4)
+        profile = replace(profile, amplified=amplified[:first] if first else None, facts=facts)
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
             try:
@@ -85,9 +92,9 @@ def rehearse(
                 end, ratio = torch.full_like(full, torch.inf), times.new_full((len(x), steps), torch.nan)
             error, plan = rms((end - full).double()) / rms(full.double()), cached.plan(ts, stepper)
             expected.append(plan.relative_error if plan.stable else torch.inf)
-            factors.append(over(error.cpu(), plan.relative_error))
-            ratios.append(ratio)
-    facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
+            factors.append(over(error.cpu(), plan.relative_error)[first:])
+            ratios.append(ratio[first:])
+    facts = {**facts, "rehearsed": sampler_name(stepper, ts)}
     known = {"budgets": torch.tensor(budgets, device="cpu"), "expected": times.new_tensor(expected)}
     return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
 

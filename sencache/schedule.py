@@ -33,6 +33,10 @@ def _none() -> Array:
     return np.zeros(1, dtype=np.int64)
 
 
+def _as_it_is() -> Array:
+    return np.ones(1)
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """What the error of a schedule is made of: one grid, one stepper, one way to reuse."""
@@ -47,9 +51,10 @@ class Problem:
     alpha_x: Array = field(default_factory=_none)  # (T,) ||J_x||, how wrong an output is in a wrong state; or 0
     samples_x: Array | None = None  # (S, T) of each sample
     heard: float = HEARD  # what share of echoes the search counts
+    carried: Array = field(default_factory=_as_it_is)  # (T,) times what an error of each output is made in the end
 
     def __post_init__(self) -> None:
-        for name in ("part", "alpha_x"):
+        for name in ("part", "alpha_x", "carried"):
             object.__setattr__(self, name, np.broadcast_to(getattr(self, name), self.times.shape))
 
     def together(self, one: Array, other: Array | int) -> Array:
@@ -63,6 +68,13 @@ class Problem:
     def rates(self) -> Array:
         """||J_x|| of each sample, (S, T); (1, T) where only one for all is known."""
         return self.alpha_x[None] if self.samples_x is None else self.samples_x
+
+    @cached_property
+    def carry(self) -> Array:
+        """What is made of what gaps ref -> end leave, (T, T + 1): the mean of `carried` along the gap; 1 of none."""
+        until, j = _until(self.carried), np.arange(len(self.times) + 1)
+        length = j - j[:-1, None]
+        return np.where(length > 0, (until - until[:-1, None]) / np.maximum(length, 1), 1.0)
 
     @cached_property
     def _parts(self) -> Array:
@@ -155,7 +167,8 @@ class Problem:
             debt = a_a[here] + used * (used * line_line - 2 * a_line)  # until it is repaid
             left = a_a[here] + k * (k * end_end[here] - 2 * a_end[here] + 2 * w * end_line)
             left = np.maximum(left + w * (w * line_line - 2 * a_line), 0)
-            form = left + unstable[here] + (echo[after] * (abs(k) + own[after])) ** 2 * np.maximum(debt, 0)
+            echoes = (echo[after] * (abs(k) + own[after])) ** 2 * np.maximum(debt, 0)
+            form = (left + echoes) * self.carry[here] ** 2 + unstable[here]
             real = (end > ref) & self.together(end - 1, ref)
             cost[before, rows, after] = np.where(real, form, np.inf)
         return cost

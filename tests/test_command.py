@@ -118,7 +118,7 @@ def test_show_says_what_plans_expect_and_promise(profile, capsys):
     measured = profile.gram[:, 0, 0].mean().sqrt(), profile.alpha_x[0], profile.alpha_t[0]
     assert [float(one) for one in first.groups()] == pytest.approx([float(one) for one in measured], rel=0.01)
     assert "Linear" in printed
-    assert "12 samples" in printed
+    assert "9 samples, of plans that 3 others taught" in printed
 
 
 @pytest.mark.parametrize("stepper", ["heun", "dpm++", "unipc"])

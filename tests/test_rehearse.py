@@ -9,7 +9,7 @@ from scipy.stats import binom, spearmanr
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from sencache.command.show import budgets_of
-from sencache.rehearse import usual_budgets
+from sencache.rehearse import TEACHERS, usual_budgets
 from solvers import Euler, Linear, grids, integrate
 
 FIELD = GaussianMixture.load("benchmarks/fields/gmm.safetensors", Linear())
@@ -30,8 +30,8 @@ def test_nine_of_ten_new_samples_are_within_what_was_asked(profile, rtol):
     cached, x = CachedField(FIELD, profile, rtol=rtol), noise(128, 2)
     full = integrate(FIELD, x, TS)
     error = rms(cached.integrate(x, TS) - full) / rms(full)
-    # 128 samples at 90 %, and 40 rehearsed ones: four standard errors of both together
-    assert (error <= rtol).double().mean() > 0.9 - 4 * (0.09 / 128 + 0.09 / 42) ** 0.5
+    # 128 samples at 90 %, and 32 that promise: four standard errors of both together
+    assert (error <= rtol).double().mean() > 0.9 - 4 * (0.09 / 128 + 0.09 / 34) ** 0.5
     assert cached.report.evaluations.max() < 40
 
 
@@ -43,10 +43,10 @@ def test_asking_for_less_error_never_costs_less(profile):
 
 def test_a_factor_is_kept_by_nine_of_ten_in_nine_of_ten_rehearsals(profile):
     x, full = noise(40, 1), integrate(FIELD, noise(40, 1), TS)
-    enough = [k for k in range(1, 41) if binom.sf(k - 1, 40, 0.9) <= 0.1]  # 90 % quantile under the k-th smallest
+    enough = [k for k in range(1, 33) if binom.sf(k - 1, 32, 0.9) <= 0.1]  # 90 % quantile under the k-th smallest
     for budget, factors in zip(profile.budgets.tolist(), profile.factors, strict=True):
         cached = CachedField(FIELD, profile, nfe=budget)
-        error = rms(cached.integrate(x, TS) - full).double() / rms(full).double()
+        error = (rms(cached.integrate(x, TS) - full).double() / rms(full).double())[TEACHERS:]
         assert torch.allclose(factors, error / cached.plan(TS).relative_error)
         assert profile.factor(budget) == factors.sort().values[enough[0] - 1]
 
@@ -58,7 +58,7 @@ def test_the_usual_budgets_are_from_a_tenth_to_nine_tenths():
 
 
 def test_what_a_rehearsal_pays_for():
-    """A full run, and for each plan as much: what it evaluates, and the truth beside what it reuses."""
+    """Two full runs, less three steps, and for each plan one: what it evaluates, and the truth of what it reuses."""
     calls = []
 
     def counted(x, t):
@@ -67,7 +67,7 @@ def test_what_a_rehearsal_pays_for():
 
     profile = rehearse(counted, calibrate(FIELD, noise(2, 0), TS, progress=False), noise(3, 1), TS)
     assert profile.budgets.tolist() == usual_budgets(40) == [4, 5, 6, 7, 8, 10, 12, 14, 17, 21, 25, 30, 36]
-    assert sum(calls) == 3 * 40 * 14
+    assert sum(calls) == 3 * (40 * 15 - 3)
     for n, ratios in zip(profile.budgets.tolist(), profile.ratios, strict=True):
         assert ratios.isfinite().sum() == 3 * (40 - n)
 
@@ -192,7 +192,7 @@ def test_where_no_error_is_expected_of_most_samples_none_is_promised(seed):
     known = rehearse(gate, calibrate(gate, x[:9], ts, progress=False), x[9:69], ts)
     cached, full = CachedField(gate, known, rtol=1e-4), integrate(gate, x[69:], ts)
     error = rms(cached.integrate(x[69:], ts) - full) / rms(full)
-    assert (error <= 1e-4).double().mean() > 0.9 - 4 * (0.09 / 400 + 0.09 / 62) ** 0.5
+    assert (error <= 1e-4).double().mean() > 0.9 - 4 * (0.09 / 400 + 0.09 / 54) ** 0.5
 
 
 def test_a_budget_under_which_runs_diverge_is_not_promised():
@@ -206,7 +206,7 @@ def test_a_budget_under_which_runs_diverge_is_not_promised():
     profile = calibrate(steep, x[:8], ts, progress=False)
 
     def breaking(x, t):
-        return steep(x, t) if len(x) < 100 or CALLS.append(float(t)) or len(CALLS) <= 12 else steep(x, t) / 0
+        return steep(x, t) if len(x) < 100 or CALLS.append(float(t)) or len(CALLS) <= 21 else steep(x, t) / 0
 
     CALLS: list[float] = []
     known = rehearse(breaking, profile, x, ts, budgets=(3, 6))
@@ -225,7 +225,7 @@ def test_where_the_truth_is_no_number_a_reuse_is_far_off_and_its_plan_is_promise
     profile = calibrate(FIELD, noise(8, 0), TS, progress=False)
     known = rehearse(failing, profile, x, TS)
     for n in known.budgets.tolist():
-        evaluated = 13 in CachedField(FIELD, profile, nfe=n).plan(TS).nodes.tolist()
+        evaluated = 13 in CachedField(FIELD, known, nfe=n).plan(TS).nodes.tolist()
         assert (known.factor(n) == torch.inf) == evaluated
         if not evaluated:
             assert 0 < known.typical(n) < torch.inf
@@ -268,7 +268,7 @@ def test_promises_hold_where_expectations_do_not(name):
     for rtol in torch.logspace(-4, -0.5, 12).tolist():
         cached = CachedField(field, profile, rtol=rtol)
         error = rms(cached.integrate(start[2], ts) - full) / rms(full)
-        assert (error <= rtol).double().mean() > 0.9 - 4 * (0.09 / 256 + 0.09 / 66) ** 0.5
+        assert (error <= rtol).double().mean() > 0.9 - 4 * (0.09 / 256 + 0.09 / 58) ** 0.5
         assert len(cached.plan(ts).nodes) in [*profile.budgets.tolist(), 40]
 
 

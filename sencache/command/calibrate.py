@@ -62,8 +62,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.out}: {runs} ({source.method}), {seeds_in_words(seeds[:samples])}.")
     if options.rehearse:
         print(f"Plans were rehearsed on {options.rehearse} further samples, {seeds_in_words(seeds[samples:])}.")
-    if options.rehearse and options.rehearse < ENOUGH:
-        print(f"From {ENOUGH} on, what is promised of 90 % of samples holds in nine of ten rehearsals.")
+    if profile.factors is not None and (tried := profile.factors.shape[1]) < ENOUGH:
+        kept = f"What is promised is what {tried} of them kept; with {ENOUGH} or more it holds of 90 % of samples"
+        print(f"{kept} in nine of ten rehearsals.")
     print(f"Next: sencache show {shlex.quote(options.out)}")
     print(f"      sencache compare {again(options)} --profile {shlex.quote(options.out)}")
     if isinstance(source, PipelineSource):

@@ -85,8 +85,8 @@ class FieldSource:
         return calibrate(field, x, self.ts, self.stepper, secants=secants, file=file, progress=shown)
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
-        x, runs = self.noise(seeds), 1 + len(usual_budgets(self.steps))
-        with progress("rehearse", len(x) * runs * self.steps) as bar:
+        x, runs = self.noise(seeds), 2 + len(usual_budgets(self.steps))
+        with progress("rehearse", len(x) * (runs * self.steps - 3)) as bar:  # bends are known after three steps
             return rehearse(Watched(self.make(len(x)), bar), profile, x, self.ts, self.stepper)
 
     def check(self, profile: SensitivityProfile, budgets: list[int]) -> None:

@@ -82,7 +82,8 @@ def facts(name: str, profile: SensitivityProfile) -> str:
     }
     known["times"] = f"{len(profile.t)} from {profile.t[0]:g} to {profile.t[-1]:g}"
     if profile.factors is not None:
-        known["rehearsed on"] = f"{profile.factors.shape[1]} samples"
+        taught = "" if profile.amplified is None else f", of plans that {len(profile.amplified)} others taught"
+        known["rehearsed on"] = f"{profile.factors.shape[1]} samples{taught}"
     if "seeds" in known:
         known["seeds"] = "{} to {}".format(*known["seeds"])
     if "shape" in known:
