@@ -26,7 +26,8 @@ def run_amplified(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper)
     """The full run's end (S, ...) from x (S, ...), and how many times larger an error made in step k is there, (S, K).
 
     Beyond what the stepper itself makes of it, as its weights say. Steps of which that could not be measured count as
-    1: the first ones, before outputs bend. Pays for two full runs, less three steps.
+    1: the first ones, before outputs bend, and those after which an error is no number. Pays for two full runs, less
+    three steps.
     """
     both = _Beside(field, stepper)
     end = integrate(field, x, ts, both)
@@ -78,8 +79,9 @@ class _Beside:
             self.rates.append(torch.full((len(x),), torch.nan, dtype=torch.float64, device="cpu"))
         else:
             moved = state * self.error + weight * self._answer(*asked[-1])
-            self.rates.append(((rms(moved) / rms(self.error)).double() / abs(state)).cpu())
-            self.error = moved
+            rate = (rms(moved) / rms(self.error)).double() / abs(state)
+            self.rates.append(rate.cpu())
+            self.error = torch.where(rate.isfinite().reshape(_column(x)), moved, 0.0)  # what is lost begins anew
         if len(self.outputs) == 3:
             push = self._bend() * abs(weight)
             self.error = push if self.error is None else self.error + push

@@ -292,7 +292,8 @@ def best_plan(
         ranks.append(held.rank(ways[-1][1]))
     errors, nodes = ways[ranks.index(min(ranks))]
     size = float(profile.size.median()) if profile.size is not None else math.nan
-    plan = expectation(replace(errors.problem, carried=np.ones(1)), nodes, size)
+    bare = errors if profile.amplified is None else Errors(replace(errors.problem, carried=np.ones(1)))
+    plan = expectation(bare.problem, nodes, size, bare)
     if rehearsed != sampler or reuse != "linear" or not correct:
         return plan
     promised = profile.promise(n, plan.relative_error) if n < len(times) else 0.0

@@ -82,7 +82,8 @@ def rehearse(
     expected, factors, ratios = [], [], []
     with torch.no_grad():
         full, amplified = run_amplified(field, x, ts, stepper)
-        facts["rehearsed_ts"], first = ts.double().cpu().tolist(), min(TEACHERS, len(x) // 4)
+        facts["rehearsed_ts"] = ts.double().cpu().tolist()
+        first = min(TEACHERS, len(x) // 4)
         profile = replace(profile, amplified=amplified[:first] if first else None, facts=facts)
         for nfe in budgets:
             cached = CachedField(field, profile, nfe=nfe)
