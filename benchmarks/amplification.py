@@ -23,6 +23,7 @@ from benchmarks.sweep import Setting, settings
 from sencache import CachedField, SensitivityProfile, calibrate
 from sencache.amplification import run_amplified
 from sencache.conformal import tolerance_limit
+from sencache.plan import sampler_name
 from sencache.rehearse import TEACHERS, usual_budgets
 from solvers import Stepper, integrate
 
@@ -78,7 +79,7 @@ def fields() -> dict[str, Callable[[], Known]]:
 def measured(known: Known) -> Iterator[tuple[list[float], ...]]:
     """By power: of each length the limit that a rehearsal finds, and worst decile and median of the choosing seeds."""
     amplified = run_amplified(*known.rehearsed[:2], known.ts, known.stepper)[1][:TEACHERS]
-    facts = {**known.profile.facts, "rehearsed_ts": known.ts.tolist()}
+    facts = {**known.profile.facts, "rehearsed": sampler_name(known.stepper, known.ts)}
     met: dict[tuple[object, ...], tuple[float, ...]] = {}
     for power in POWERS:
         profile = replace(known.profile, amplified=amplified ** (2 * power), facts=facts)

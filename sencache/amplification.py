@@ -5,7 +5,7 @@ f(x + d, t) - f(x, t), and then gets a push along the way in which the outputs b
 before the push says step by step how errors grow. Plans of a rehearsed profile weigh what a gap leaves by the square
 root of that, for the sample of the worst decile.
 
-Shapes: S samples, K steps; T query times.
+Shapes: S samples, K steps; T query times, as many as steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sencache.batch import Array
 from sencache.norms import difference, rms
-from sencache.profile import SensitivityProfile
 from solvers import Stepper, VelocityField, Weights, integrate
 
 
@@ -37,17 +36,15 @@ def run_amplified(field: VelocityField, x: Tensor, ts: Tensor, stepper: Stepper)
     return end, torch.cat([later, torch.ones_like(rates[:, :1])], 1)
 
 
-def carried(profile: SensitivityProfile, times: Tensor) -> Array:
-    """What plans make of what an output at the query times (T,) leaves wrong, (T,); 1 where no rehearsal measured it.
+def carried(amplified: Tensor | None) -> Array:
+    """How plans weigh what outputs leave wrong, (T,), by what errors became in a rehearsal, (S, T), if there was one.
 
-    The square root, because echoes count a part of what the field makes of errors already. What makes errors smaller
-    counts as 1: it is of this one way to err, and plans that lean on it err far more.
+    By the square root in the worst decile, because echoes count a part of what the field makes of errors already. What
+    makes errors smaller counts as 1: it is of this one way to err.
     """
-    if profile.amplified is None:
-        return np.ones(len(times))
-    known = torch.tensor(profile.facts["rehearsed_ts"][:-1], dtype=torch.float64, device="cpu")
-    order, worst = known.argsort(), profile.amplified.quantile(0.9, dim=0).clamp(1, 1e8)
-    return np.sqrt(np.interp(times.numpy(), known[order].numpy(), worst[order].numpy()))
+    if amplified is None:
+        return np.ones(1)
+    return np.sqrt(amplified.clamp(max=1e8).quantile(0.9, dim=0).clamp(min=1).numpy())
 
 
 class _Beside:

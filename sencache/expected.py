@@ -42,7 +42,7 @@ class Errors:
         values, vectors = torch.linalg.eigh(torch.from_numpy(problem.gram))
         self.outputs = (vectors * values.clamp(min=0).sqrt()[:, None]).transpose(0, 1).contiguous()  # (T, S, d)
         self.problem, self.size = problem, len(problem.times)
-        self.scale = np.array([integrated(problem, gram) for gram in problem.gram])
+        self.scale = problem.carry.max() ** 2 * np.array([integrated(problem, gram) for gram in problem.gram])
         self.beyond, self.undamped = problem.instability(), problem.instability(DAMPED)
 
     def of(self, nodes: Array) -> Array:

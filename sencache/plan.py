@@ -266,8 +266,10 @@ def best_plan(
     gram = profile.gram_at(times)
     each = profile.alpha_x[None] if profile.samples_x is None else profile.samples_x
     alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
+    rehearsed = profile.facts.get("rehearsed")
+    amplified = profile.amplified if rehearsed == sampler else None
     known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
-    known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x), "carried": carried(profile, times)}
+    known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x), "carried": carried(amplified)}
     assumed = "assumed" in profile.facts
     polishes = heard > 0 and reuse != "hold" and not assumed  # it is known how errors cancel
     heard = 1.0 if heard and assumed else heard  # what is not polished is found with all of their weight
@@ -275,7 +277,6 @@ def best_plan(
     s = VARIABLES[logarithm](in_t.times)
     monotone = (np.diff(s) > 0).all() or (np.diff(s) < 0).all()  # not on a grid that passes the data
     problems = [in_t, *([replace(in_t, variable=logarithm)] if monotone else [])]
-    rehearsed = profile.facts.get("rehearsed")
     if rtol is not None and rehearsed != sampler:
         raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
     if rtol is not None:
@@ -292,9 +293,8 @@ def best_plan(
         ranks.append(held.rank(ways[-1][1]))
     errors, nodes = ways[ranks.index(min(ranks))]
     size = float(profile.size.median()) if profile.size is not None else math.nan
-    bare = errors if profile.amplified is None else Errors(replace(errors.problem, carried=np.ones(1)))
-    plan = expectation(bare.problem, nodes, size, bare)
-    if rehearsed != sampler or reuse != "linear" or not correct:
+    plan = expectation(replace(errors.problem, carried=carried(None)), nodes, size)
+    if rehearsed != sampler or profile.factors is None or reuse != "linear" or not correct:
         return plan
     promised = profile.promise(n, plan.relative_error) if n < len(times) else 0.0
     return replace(plan, change=plan.change * profile.typical(n), promised=promised)

@@ -44,10 +44,10 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. A promise is of the plan that was rehearsed: an `rtol` chooses among these, or evaluates everything.
-    The first quarter of the samples, 8 at most, shows what the field makes of errors, which plans of this profile weigh
-    from then on; the others say what these plans keep, so give 30 samples or more. The default budgets are up to 13
-    from 1/10 to 9/10 of the full run's. Pays for two full runs, and for each budget as much as for one, because every
-    reuse is compared with the truth.
+    The first quarter of the samples, 8 at most, shows what the field makes of errors, which plans for this grid and
+    stepper weigh from then on; the others say what these keep. So give 30 samples or more, in no order. The default
+    budgets are up to 13 from 1/10 to 9/10 of the full run's. Pays for two full runs, and for each budget as much as for
+    one, because every reuse is compared with the truth.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
@@ -81,8 +81,9 @@ def rehearse(
         raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
     expected, factors, ratios = [], [], []
     with torch.no_grad():
+        CachedField(field, profile, nfe=budgets[0]).plan(ts, stepper)  # raises before anything is paid
         full, amplified = run_amplified(field, x, ts, stepper)
-        facts["rehearsed_ts"] = ts.double().cpu().tolist()
+        facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
         first = min(TEACHERS, len(x) // 4)
         profile = replace(profile, amplified=amplified[:first] if first else None, facts=facts)
         for nfe in budgets:
@@ -95,9 +96,8 @@ def rehearse(
             expected.append(plan.relative_error if plan.stable else torch.inf)
             factors.append(over(error.cpu(), plan.relative_error)[first:])
             ratios.append(ratio[first:])
-    facts = {**facts, "rehearsed": sampler_name(stepper, ts)}
-    known = {"budgets": torch.tensor(budgets, device="cpu"), "expected": times.new_tensor(expected)}
-    return replace(profile, **known, factors=torch.stack(factors), ratios=torch.stack(ratios), facts=facts)
+    counts, sizes = torch.tensor(budgets, device="cpu"), times.new_tensor(expected)
+    return replace(profile, budgets=counts, expected=sizes, factors=torch.stack(factors), ratios=torch.stack(ratios))
 
 
 def usual_budgets(queries: int, networks: int = 1, most: int = 13) -> list[int]:

@@ -168,7 +168,7 @@ class Problem:
             left = a_a[here] + k * (k * end_end[here] - 2 * a_end[here] + 2 * w * end_line)
             left = np.maximum(left + w * (w * line_line - 2 * a_line), 0)
             echoes = (echo[after] * (abs(k) + own[after])) ** 2 * np.maximum(debt, 0)
-            form = (left + echoes) * self.carry[here] ** 2 + unstable[here]
+            form = (left + echoes) * self.carry[here] ** 2 + unstable[here] * self.carry.max() ** 2
             real = (end > ref) & self.together(end - 1, ref)
             cost[before, rows, after] = np.where(real, form, np.inf)
         return cost

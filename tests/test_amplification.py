@@ -13,7 +13,7 @@ from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from sencache.amplification import carried, run_amplified
 from sencache.expected import Errors
-from sencache.plan import expectation, influence
+from sencache.plan import expectation, influence, sampler_name
 from sencache.schedule import Problem, schedules
 from solvers import VP, BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Linear, UniPC, grids, integrate
 from tests.flows import rms as rms_64
@@ -154,7 +154,7 @@ def test_equal_weights_change_no_plan_and_all_errors_alike():
 def test_where_early_errors_become_larger_more_is_evaluated_early_and_no_other_error_expected():
     field = lambda x, t: torch.sin(4 * x + 7 * t)  # noqa: E731
     profile = calibrate(field, X, TS, progress=False)
-    facts = {**profile.facts, "rehearsed_ts": TS.tolist()}
+    facts = {**profile.facts, "rehearsed": sampler_name(Euler(), TS)}
     early = replace(profile, amplified=torch.exp(6 * TS[:-1]).expand(3, K), facts=facts)
     late = replace(profile, amplified=torch.exp(6 * (1 - TS[:-1])).expand(3, K), facts=facts)
     plans = [CachedField(field, one, nfe=6).plan(TS) for one in (early, profile, late)]
@@ -168,13 +168,30 @@ def test_where_early_errors_become_larger_more_is_evaluated_early_and_no_other_e
         assert plan.relative_error == pytest.approx(expected.relative_error)
 
 
-def test_the_worst_decile_counts_and_its_root_and_between_the_times_that_are_known():
+def test_the_worst_decile_counts_and_its_root():
     amplified = torch.stack([torch.tensor([4.0 * k, 4.0 * k, 0.1 * k / 10]) for k in range(1, 12)])
-    profile = SensitivityProfile(torch.tensor([1.0, 0.5, 0.2]), torch.ones(3), torch.ones(3))
-    assert carried(profile, torch.tensor([1.0, 0.3])).tolist() == [1, 1]
-    profile = replace(profile, amplified=amplified, facts={"rehearsed_ts": [1.0, 0.5, 0.2, 0.0]})
-    found = carried(profile, torch.tensor([1.0, 0.7, 0.2, 0.1]))  # what makes errors smaller counts as 1
-    np.testing.assert_allclose(found, [40**0.5, 40**0.5, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(carried(amplified), [40**0.5, 40**0.5, 1])  # what makes errors smaller counts as 1
+
+
+def test_weights_are_of_the_grid_and_the_stepper_that_were_rehearsed():
+    field = lambda x, t: torch.sin(4 * x + 7 * t)  # noqa: E731
+    profile = calibrate(field, X, TS, progress=False)
+    facts = {**profile.facts, "rehearsed": sampler_name(Euler(), TS), "rehearsed_ts": TS.tolist()}
+    known = replace(profile, amplified=torch.exp(6 * TS[:-1]).expand(3, K), facts=facts)
+    for ts, stepper, weighed in ((TS, Euler(), True), (TS.float(), Euler(), True), (TS[:-2], Euler(), False)):
+        plans = [CachedField(field, one, nfe=6).plan(ts, stepper).nodes for one in (profile, known)]
+        assert torch.equal(*plans) != weighed
+    plans = [CachedField(field, one, nfe=6).plan(TS, UniPC(Linear())).nodes for one in (profile, known)]
+    assert torch.equal(*plans)
+
+
+def test_what_cannot_be_planned_is_refused_before_anything_is_paid():
+    def costly(x, t):
+        raise AssertionError
+
+    profile = replace(calibrate(lambda x, t: -x, X, TS, progress=False), gram=None)
+    with pytest.raises(ValueError, match="no Gram matrix"):
+        rehearse(costly, profile, X, TS)
 
 
 def test_a_rehearsal_measures_it_and_keeps_it(tmp_path):
@@ -206,9 +223,12 @@ def test_where_errors_become_smaller_plans_stay_as_they_are():
 def test_errors_that_grow_beyond_all_numbers_still_leave_plans():
     field = lambda x, t: 1e3 * torch.sin(x + 7 * t)  # noqa: E731
     profile = calibrate(field, X, TS, progress=False)
-    facts = {**profile.facts, "rehearsed_ts": TS.tolist()}
-    known = replace(profile, amplified=torch.full((3, K), torch.inf), facts=facts)
-    assert len(CachedField(field, known, nfe=6).plan(TS).nodes) == 6
+    facts = {**profile.facts, "rehearsed": sampler_name(Euler(), TS)}
+    for known in (torch.full((3, K), torch.inf), torch.logspace(400, 0, K, dtype=torch.float64).expand(3, K)):
+        plan = CachedField(field, replace(profile, amplified=known, facts=facts), nfe=6).plan(TS)
+        assert len(set(plan.nodes.tolist())) == 6
+    equal = CachedField(field, replace(profile, amplified=torch.full((3, K), torch.inf), facts=facts), nfe=6)
+    assert torch.equal(equal.plan(TS).nodes, CachedField(field, profile, nfe=6).plan(TS).nodes)
 
 
 def test_who_teaches_plans_promises_nothing():

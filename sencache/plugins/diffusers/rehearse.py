@@ -51,7 +51,7 @@ def rehearse(handle: Handle, runs: Sequence[Callable[[], Any]], budgets: tuple[i
     measured = torch.cat(factors, 1)
     expected = torch.tensor([sizes[nfe] for nfe in budgets], dtype=torch.float64, device="cpu")
     known = {"budgets": torch.tensor(budgets, device="cpu"), "expected": expected, "factors": measured}
-    profile = replace(profile, **known, ratios=None, facts=facts)
+    profile = replace(profile, **known, ratios=None, amplified=None, facts=facts)
     handle.keep(profile)
     return profile
 
