@@ -260,9 +260,7 @@ def best_plan(
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     networks = int(part[-1]) + 1
     if nfe is not None and nfe < networks:
-        raise ValueError(
-            f"`nfe` is {nfe}, and {networks} networks take turns on this grid, each evaluated once or more."
-        )
+        raise ValueError(f"`nfe` is {nfe}, and {networks} networks take turns on this grid, each asked once or more.")
     gram = profile.gram_at(times)
     each = profile.alpha_x[None] if profile.samples_x is None else profile.samples_x
     alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
@@ -277,9 +275,9 @@ def best_plan(
     s = VARIABLES[logarithm](in_t.times)
     monotone = (np.diff(s) > 0).all() or (np.diff(s) < 0).all()  # not on a grid that passes the data
     problems = [in_t, *([replace(in_t, variable=logarithm)] if monotone else [])]
-    if rtol is not None and rehearsed != sampler:
-        raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
     if rtol is not None:
+        if rehearsed != sampler:
+            raise ValueError(f"`rtol` was rehearsed with {rehearsed}; got {sampler}. Rehearse that, or use `nfe`.")
         nfe = profile.shortest(rtol) or len(times)
     n = nfe or max(networks, -(-len(times) // 2))
     ways = []
@@ -287,6 +285,8 @@ def best_plan(
         errors, nodes = Errors(problem), schedules(problem, n)[-1] if n < len(times) else np.arange(n)
         ways.append((errors, errors.polished(nodes) if polishes else nodes))
     ranks = [errors.rank(nodes) for errors, nodes in ways]
+    if all(grows for grows, *_ in ranks) and amplified is not None:  # weights can lead there
+        return best_plan(replace(profile, amplified=None), times, gain, part, sampler, reuse, correct, nfe, rtol, heard)
     if all(grows for grows, *_ in ranks):
         held = Errors(replace(in_t, reuse="hold", correct=False))  # it bears the longest gaps
         ways.append((held, schedules(held.problem, n)[-1]))

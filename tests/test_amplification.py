@@ -220,6 +220,27 @@ def test_where_errors_become_smaller_plans_stay_as_they_are():
         assert torch.equal(*plans)
 
 
+def test_where_weights_lead_to_unstable_gaps_plans_do_without():
+    """Some elements carry early errors on, others are stiff: the plan that weighs early errors holds, and errs more."""
+
+    def mixed(x, t):
+        carrying, stiff = x[:, :2], x[:, 2:]
+        early = -8 * carrying * (torch.as_tensor(t) > 0.5) + torch.cos(20 * t + carrying)
+        return torch.cat([early, 12 * (stiff - torch.cos(5 * t))], 1)
+
+    ts = grids.uniform(40, 0.95, 0.05)
+    start = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (8, 32, 64)]
+    profile = calibrate(mixed, start[0], ts, progress=False)
+    known = rehearse(mixed, profile, start[1], ts, budgets=(17, 18, 24))
+    assert known.amplified.amax() > 3
+    full = integrate(mixed, start[2], ts)
+    for nfe in (17, 18, 24):
+        bare, weighed = (CachedField(mixed, one, nfe=nfe) for one in (profile, known))
+        assert weighed.plan(ts).reuse == bare.plan(ts).reuse == "linear"
+        errors = [rms(one.integrate(start[2], ts) - full).quantile(0.9) for one in (bare, weighed)]
+        assert errors[1] < 1.3 * errors[0]
+
+
 def test_errors_that_grow_beyond_all_numbers_still_leave_plans():
     field = lambda x, t: 1e3 * torch.sin(x + 7 * t)  # noqa: E731
     profile = calibrate(field, X, TS, progress=False)
