@@ -253,7 +253,7 @@ def test_errors_that_grow_beyond_all_numbers_still_leave_plans():
 
 
 def test_who_teaches_plans_promises_nothing():
-    """What the first eight samples do changes plans, and what the others do is all that is promised."""
+    """Of 40 samples the first eight are kept for weights, and the factors are of the other 32 alone."""
     field = lambda x, t: torch.sin(4 * x + 7 * t)  # noqa: E731
     profile = calibrate(field, X, TS, progress=False)
     x = torch.randn(40, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
