@@ -50,7 +50,7 @@ class SensitivityProfile:
     expected: Tensor | None = None  # (R,) the relative errors that they expect, infinite where errors can grow
     factors: Tensor | None = None  # (R, S') error over expected error of each rehearsed sample
     ratios: Tensor | None = None  # (R, S', T) true over predicted error of each of their reuses; NaN at evaluations,
-    #                               and throughout where runs diverged
+    #                               and throughout where runs diverged or nothing was compared with the truth
     amplified: Tensor | None = None  # (S', K) how many times larger an error of each output was in the end, of others
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was measured: field, path, stepper, shape, version
 

@@ -168,9 +168,17 @@ def test_where_early_errors_become_larger_more_is_evaluated_early_and_no_other_e
         assert plan.relative_error == pytest.approx(expected.relative_error)
 
 
-def test_the_worst_decile_counts_and_its_root():
-    amplified = torch.stack([torch.tensor([4.0 * k, 4.0 * k, 0.1 * k / 10]) for k in range(1, 12)])
-    np.testing.assert_allclose(carried(amplified), [40**0.5, 40**0.5, 1])  # what makes errors smaller counts as 1
+def test_what_one_sample_in_twenty_exceeds_counts():
+    drawn = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    amplified = torch.exp(torch.tensor([1.0, 0.5]) + torch.tensor([0.3, 0.8]) * drawn)
+    np.testing.assert_allclose(carried(amplified), amplified.quantile(0.95, dim=0), rtol=0.05)
+    few = np.stack([carried(part) for part in amplified.split(8)])
+    np.testing.assert_allclose(np.exp(np.log(few).mean(0)), amplified.quantile(0.95, dim=0), rtol=0.1)
+
+
+def test_one_sample_counts_as_it_is_and_what_makes_errors_smaller_as_1():
+    np.testing.assert_allclose(carried(torch.tensor([[4.0, 0.25, 1e9, 0.0, torch.inf]])), [4, 1, 1e4, 1, 1e4])
+    assert (carried(torch.full((8, 3), 0.5)) == 1).all()
 
 
 def test_weights_are_of_the_grid_and_the_stepper_that_were_rehearsed():

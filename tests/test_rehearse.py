@@ -9,7 +9,7 @@ from scipy.stats import binom, spearmanr
 from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from sencache.command.show import budgets_of
-from sencache.rehearse import TEACHERS, usual_budgets
+from sencache.rehearse import COMPARED, TEACHERS, usual_budgets
 from solvers import Euler, Linear, grids, integrate
 
 FIELD = GaussianMixture.load("benchmarks/fields/gmm.safetensors", Linear())
@@ -52,13 +52,15 @@ def test_a_factor_is_kept_by_nine_of_ten_in_nine_of_ten_rehearsals(profile):
 
 
 def test_the_usual_budgets_are_from_a_tenth_to_nine_tenths():
-    assert usual_budgets(50) == [5, 6, 7, 9, 10, 12, 15, 18, 22, 26, 31, 37, 45]
+    every = [5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 31, 34, 37, 41, 45]
+    assert usual_budgets(50) == every
+    assert usual_budgets(50, most=COMPARED) == [5, 7, 10, 15, 22, 31, 45]
     assert usual_budgets(50, most=9) == [5, 7, 9, 11, 15, 20, 26, 34, 45]
     assert usual_budgets(4) == [1, 2, 3]
 
 
 def test_what_a_rehearsal_pays_for():
-    """Two full runs, less three steps, and for each plan one: what it evaluates, and the truth of what it reuses."""
+    """Two full runs, less three steps, what plans evaluate, and for seven of them the truth of what they reuse."""
     calls = []
 
     def counted(x, t):
@@ -66,10 +68,25 @@ def test_what_a_rehearsal_pays_for():
         return FIELD(x, t)
 
     profile = rehearse(counted, calibrate(FIELD, noise(2, 0), TS, progress=False), noise(3, 1), TS)
-    assert profile.budgets.tolist() == usual_budgets(40) == [4, 5, 6, 7, 8, 10, 12, 14, 17, 21, 25, 30, 36]
-    assert sum(calls) == 3 * (40 * 15 - 3)
+    compared = [4, 6, 8, 12, 17, 25, 36]
+    alone = [5, 7, 9, 10, 11, 13, 14, 16, 19, 21, 23, 27, 30, 33]
+    assert profile.budgets.tolist() == usual_budgets(40) == sorted(compared + alone)
+    assert sum(calls) == 3 * (40 * 2 - 3 + 40 * 7 + sum(alone))
     for n, ratios in zip(profile.budgets.tolist(), profile.ratios, strict=True):
-        assert ratios.isfinite().sum() == 3 * (40 - n)
+        assert ratios.isfinite().sum() == 3 * (40 - n) * (n in compared)
+
+
+def test_what_is_predicted_between_two_compared_lengths_is_between_what_they_say(profile):
+    bounds = [profile.bound(nfe) for nfe in (12, 14, 17)]
+    assert min(bounds[::2]) <= bounds[1] <= max(bounds[::2])
+    typical = [profile.typical(nfe) for nfe in (12, 14, 17)]
+    assert min(typical[::2]) <= typical[1] <= max(typical[::2])
+    assert profile.bound(14, whole=True) == max(profile.bound(12, whole=True), profile.bound(17, whole=True))
+
+
+def test_every_budget_of_ones_own_is_compared_with_the_truth(profile):
+    known = rehearse(FIELD, profile, noise(2, 1), TS, budgets=(9, 10))
+    assert [int(each.isfinite().sum()) for each in known.ratios] == [2 * (40 - 9), 2 * (40 - 10)]
 
 
 @pytest.mark.parametrize("networks", [1, 2])
@@ -77,6 +94,7 @@ def test_what_a_rehearsal_pays_for():
 def test_the_usual_budgets_evaluate_every_network_and_leave_something_to_reuse(queries, networks):
     budgets = usual_budgets(queries, networks)
     assert budgets == sorted(set(budgets))
+    assert set(usual_budgets(queries, networks, COMPARED)) <= set(budgets)
     assert networks <= budgets[0]
     assert budgets[-1] < queries or budgets == [networks]
 

@@ -19,7 +19,7 @@ from sencache.calibrate import calibrate
 from sencache.command.named import field_maker
 from sencache.command.source import Outcome, plain_picture
 from sencache.profile import SensitivityProfile
-from sencache.rehearse import rehearse, usual_budgets
+from sencache.rehearse import COMPARED, rehearse, usual_budgets
 from solvers import VP, Cosine, DPMSolverPP, Euler, Heun, Linear, Path, Stepper, UniPC, grids, integrate
 
 STEPPERS: dict[str, Callable[[Path], Stepper]] = {
@@ -85,8 +85,10 @@ class FieldSource:
         return calibrate(field, x, self.ts, self.stepper, secants=secants, file=file, progress=shown)
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
-        x, runs = self.noise(seeds), 2 + len(usual_budgets(self.steps))
-        with progress("rehearse", len(x) * (runs * self.steps - 3)) as bar:  # bends are known after three steps
+        x, compared = self.noise(seeds), usual_budgets(self.steps, most=COMPARED)
+        paid = sum(n for n in usual_budgets(self.steps) if n not in compared)
+        paid += (2 + len(compared)) * self.steps - 3  # bends are known after three steps
+        with progress("rehearse", len(x) * paid) as bar:
             return rehearse(Watched(self.make(len(x)), bar), profile, x, self.ts, self.stepper)
 
     def check(self, profile: SensitivityProfile, budgets: list[int]) -> None:
