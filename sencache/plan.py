@@ -169,7 +169,7 @@ def _changes(problem: Problem, nodes: Array) -> tuple[Tensor, Tensor]:
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
     """Tells samplers apart: the stepper, and the grid in words and by its digest."""
-    digest = hashlib.sha256(b"polished" + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]  # plans of other kinds
+    digest = hashlib.sha256(b"weighed" + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]  # plans of other kinds
     return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
 
 

@@ -148,8 +148,9 @@ class SensitivityProfile:
     def bound(self, nfe: int, share: float = 0.95, *, whole: bool = False) -> float:
         """How many times its prediction the error of a reuse is at most, in `share` of reuses, for `nfe` evaluations.
 
-        The quantile of the ratios met in rehearsal, interpolated between budgets. With `whole`, in `share` of
-        trajectories for all of their reuses at once: a tolerance limit of their largest ratios, as in `factor`.
+        The quantile of the ratios met in rehearsal; between budgets that were compared it is interpolated, and a guess.
+        With `whole`, in `share` of trajectories for all of their reuses at once: a tolerance limit of their largest
+        ratios, as in `factor`.
         """
         if self.ratios is None:
             raise ValueError("This needs a profile whose plans were rehearsed: `rehearse(field, profile, x_T, ts)`.")

@@ -5,8 +5,8 @@ to field. The factor is measured: R_s = error of sample s / error expected, for 
 The k-th smallest of them covers a share of further samples that is distributed as Beta(k, S + 1 - k), whatever the
 factors are, as long as all are exchangeable: new seeds with new prompts are, new seeds of one prompt are not (Wilks
 1941; Vovk et al. 2005). k is the least for which that share is 90 % or more in nine of ten rehearsals, which takes 22
-samples; of fewer the largest is taken. A quarter of the samples, up to 8, teaches plans beforehand what the field makes
-of errors, and has no say in what these promise.
+samples; of fewer the largest is taken. A quarter of the samples, up to 8, or an eighth of many teaches plans beforehand
+what the field makes of errors, and has no say in what these promise.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from solvers import Euler, Stepper, VelocityField, WhiteNoise, integrate
 from solvers.loop import check_grid, check_stepper
 
 EULER = Euler()
-TEACHERS = 8  # samples, at most: as many as calibration has
-COMPARED = 7  # of the usual budgets, every fourth: from one to the next, what is predicted of reuses changes little
+TEACHERS = 8  # samples, or an eighth of many
+COMPARED = 13  # of the usual budgets, every second
 
 
 def rehearse(
@@ -45,11 +45,11 @@ def rehearse(
     With it `CachedField(field, profile, rtol=...)` keeps what it promises, on this grid with this stepper, `plan` says
     what 90 % of samples keep, what is predicted of a reuse is right in the median, and `profile.bound` says how far
     off it may be. A promise is of the plan that was rehearsed: an `rtol` chooses among these, or evaluates everything.
-    The first quarter of the samples, 8 at most, shows what the field makes of errors, which plans for this grid and
-    stepper weigh from then on; the others say what these keep. So give 30 samples or more, in no order. The default
-    budgets are up to 25 from 1/10 to 9/10 of the full run's, about 15 full runs together. Pays for two full runs, and
-    for each of the `budgets` given as much as for one, because every reuse is compared with the truth; of the default
-    ones up to 7 are, and the others pay for what they evaluate.
+    The first quarter of the samples, 8 at most or an eighth, shows what the field makes of errors, which plans for this
+    grid and stepper weigh from then on; the others say what these keep. So give 30 samples or more, in no order. Pays
+    for two full runs, and for each of the `budgets` as much as for one, because every reuse is compared with the truth.
+    The default budgets are up to 25 from 1/10 to 9/10 of the full run's, of which every second is compared and the
+    others pay for what they evaluate: 19 full runs on a grid of 50 steps, all in all.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
@@ -88,7 +88,7 @@ def rehearse(
         CachedField(field, profile, nfe=budgets[0]).plan(ts, stepper)  # raises before anything is paid
         full, amplified = run_amplified(field, x, ts, stepper)
         facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
-        first = min(TEACHERS, len(x) // 4)
+        first = max(min(TEACHERS, len(x) // 4), len(x) // 8)
         profile = replace(profile, amplified=amplified[:first] if first else None, facts=facts)
         for nfe in budgets:
             cached, ratio = CachedField(field, profile, nfe=nfe), times.new_full((len(x), steps), torch.nan)

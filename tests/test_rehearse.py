@@ -54,13 +54,13 @@ def test_a_factor_is_kept_by_nine_of_ten_in_nine_of_ten_rehearsals(profile):
 def test_the_usual_budgets_are_from_a_tenth_to_nine_tenths():
     every = [5, 6, 7, 8, 9, 10, 11, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 31, 34, 37, 41, 45]
     assert usual_budgets(50) == every
-    assert usual_budgets(50, most=COMPARED) == [5, 7, 10, 15, 22, 31, 45]
+    assert usual_budgets(50, most=COMPARED) == [5, 6, 7, 9, 10, 12, 15, 18, 22, 26, 31, 37, 45]
     assert usual_budgets(50, most=9) == [5, 7, 9, 11, 15, 20, 26, 34, 45]
     assert usual_budgets(4) == [1, 2, 3]
 
 
 def test_what_a_rehearsal_pays_for():
-    """Two full runs, less three steps, what plans evaluate, and for seven of them the truth of what they reuse."""
+    """Two full runs, less three steps, what plans evaluate, and for every second the truth of what they reuse."""
     calls = []
 
     def counted(x, t):
@@ -68,20 +68,19 @@ def test_what_a_rehearsal_pays_for():
         return FIELD(x, t)
 
     profile = rehearse(counted, calibrate(FIELD, noise(2, 0), TS, progress=False), noise(3, 1), TS)
-    compared = [4, 6, 8, 12, 17, 25, 36]
-    alone = [5, 7, 9, 10, 11, 13, 14, 16, 19, 21, 23, 27, 30, 33]
+    compared, alone = [4, 5, 6, 7, 8, 10, 12, 14, 17, 21, 25, 30, 36], [9, 11, 13, 16, 19, 23, 27, 33]
     assert profile.budgets.tolist() == usual_budgets(40) == sorted(compared + alone)
-    assert sum(calls) == 3 * (40 * 2 - 3 + 40 * 7 + sum(alone))
+    assert sum(calls) == 3 * (40 * 2 - 3 + 40 * 13 + sum(alone))
     for n, ratios in zip(profile.budgets.tolist(), profile.ratios, strict=True):
         assert ratios.isfinite().sum() == 3 * (40 - n) * (n in compared)
 
 
-def test_what_is_predicted_between_two_compared_lengths_is_between_what_they_say(profile):
-    bounds = [profile.bound(nfe) for nfe in (12, 14, 17)]
-    assert min(bounds[::2]) <= bounds[1] <= max(bounds[::2])
-    typical = [profile.typical(nfe) for nfe in (12, 14, 17)]
-    assert min(typical[::2]) <= typical[1] <= max(typical[::2])
-    assert profile.bound(14, whole=True) == max(profile.bound(12, whole=True), profile.bound(17, whole=True))
+@pytest.mark.parametrize("nfe", [11, 16, 23])
+def test_what_is_predicted_between_two_compared_lengths_nearly_holds(profile, nfe):
+    assert profile.ratios[profile.budgets.tolist().index(nfe)].isnan().all()
+    predicted, _, true = reuses(profile, nfe, noise(128, 3))
+    assert 0.8 < float((predicted / true).median()) < 1.25
+    assert 0.9 < float((true <= profile.bound(nfe, 0.95) * predicted).double().mean()) < 0.99
 
 
 def test_every_budget_of_ones_own_is_compared_with_the_truth(profile):
@@ -168,10 +167,10 @@ def test_plans_are_tested_from_the_longest_down():
 
 
 def test_a_choice_among_many_plans_is_no_lucky_one():
-    """Thirteen plans of which a little less than 90 % of samples keep what is asked: seldom is one chosen."""
-    draws = torch.rand(400, 13, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    """Plans of which a little less than 90 % of samples keep what is asked: seldom is one chosen."""
+    draws = torch.rand(400, 25, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     chosen = [rehearsed(*factors.tolist()).shortest(0.899) is not None for factors in draws]
-    lucky = [any(rehearsed(*factors.tolist()).factor(n) <= 0.899 for n in range(3, 40, 3)) for factors in draws]
+    lucky = [any(rehearsed(*factors.tolist()).factor(n) <= 0.899 for n in range(3, 76, 3)) for factors in draws]
     assert sum(chosen) < 400 * (0.1 + 3 * (0.09 / 400) ** 0.5)
     assert sum(lucky) > 3 * sum(chosen)
 

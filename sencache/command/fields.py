@@ -87,7 +87,7 @@ class FieldSource:
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
         x, compared = self.noise(seeds), usual_budgets(self.steps, most=COMPARED)
         paid = sum(n for n in usual_budgets(self.steps) if n not in compared)
-        paid += (2 + len(compared)) * self.steps - 3  # bends are known after three steps
+        paid += (2 + len(compared)) * self.steps - min(3, self.steps)  # bends are known after three steps
         with progress("rehearse", len(x) * paid) as bar:
             return rehearse(Watched(self.make(len(x)), bar), profile, x, self.ts, self.stepper)
 
