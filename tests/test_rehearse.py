@@ -308,22 +308,38 @@ def test_a_stepper_that_has_no_name_is_not_rehearsed(profile):
         rehearse(FIELD, profile, noise(2, 1), TS, Plain())
 
 
-def reuses(profile, nfe, x):
+def reuses(profile, nfe, x, field=FIELD, ts=TS):
     """Predicted, observed and true errors (reuses, samples) of a plan's reuses."""
-    cached, true = CachedField(FIELD, profile, nfe=nfe), []
-    with cached.following(TS) as (run, stepper):
+    cached, true = CachedField(field, profile, nfe=nfe), []
+    with cached.following(ts) as (run, stepper):
 
         def compared(x, t):
             used = run(x, t)
             if run.report.trace[-1].reused.any():
-                true.append(rms(FIELD(x, t) - used).double())
+                true.append(rms(field(x, t) - used).double())
             return used
 
-        integrate(compared, x, TS, stepper)
+        integrate(compared, x, ts, stepper)
     told = [query for query in cached.report.trace if query.reused.any()]
-    return *(torch.stack([getattr(query, name) for query in told]) for name in ("predicted", "observed")), torch.stack(
-        true
-    )
+    predicted, observed = (torch.stack([getattr(query, name) for query in told]) for name in ("predicted", "observed"))
+    return predicted, observed, torch.stack(true)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_bounds_hold_where_reuses_were_compared_and_are_a_guess_in_between(name):
+    field, ts = FIELDS[name], grids.uniform(50, 1.0, 0.01)
+    start = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)) for n in (8, 64, 200)]
+    profile = rehearse(field, calibrate(field, start[0], ts, progress=False), start[1], ts)
+    for nfe, ratios in zip(profile.budgets.tolist(), profile.ratios, strict=True):
+        predicted, _, true = reuses(profile, nfe, start[2], field, ts)
+        within = float((true <= profile.bound(nfe, 0.95) * predicted).double().mean())
+        wholly = float((true <= profile.bound(nfe, 0.9, whole=True) * predicted).all(0).double().mean())
+        if ratios.isnan().all():
+            assert within > 0.7
+        else:
+            assert 0.92 < within < 0.98
+            assert wholly > 0.9 - 4 * (0.09 / 200 + 0.09 / 58) ** 0.5
+            assert 0.9 < float((predicted / true).median()) < 1.15
 
 
 @pytest.mark.parametrize("nfe", [8, 14, 20])
