@@ -43,8 +43,8 @@ def carried(amplified: Tensor | None) -> Array:
     """How plans weigh what outputs leave wrong, (T,), by what errors became in a rehearsal, (S, T), if there was one.
 
     By what one sample in twenty exceeds, of a log-normal distribution with the mean and the spread of these, because
-    a promise to nine of ten is lost by such samples, and few samples show none. Where errors become smaller they count
-    as they are: it is of this one way to err.
+    a promise to nine of ten is lost by such samples, and few samples show none. What makes errors smaller counts as 1:
+    it is of this one way to err.
     """
     if amplified is None:
         return np.ones(1)

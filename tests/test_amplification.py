@@ -269,6 +269,15 @@ def test_errors_that_grow_beyond_all_numbers_still_leave_plans():
     assert torch.equal(equal.plan(TS).nodes, CachedField(field, profile, nfe=6).plan(TS).nodes)
 
 
+@pytest.mark.parametrize(("samples", "teachers"), [(3, 0), (4, 1), (30, 7), (40, 8), (70, 8), (100, 12)])
+def test_a_quarter_teaches_up_to_eight_or_an_eighth_of_many(samples, teachers):
+    x = torch.randn(samples, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    field = lambda x, t: torch.sin(4 * x + 7 * t)  # noqa: E731
+    known = rehearse(field, calibrate(field, X[:, :2], TS, progress=False), x, TS, budgets=(8,))
+    assert teachers == (0 if known.amplified is None else len(known.amplified))
+    assert known.factors.shape == (1, samples - teachers)
+
+
 def test_who_teaches_plans_promises_nothing():
     """Of 40 samples the first eight are kept for weights, and the factors are of the other 32 alone."""
     field = lambda x, t: torch.sin(4 * x + 7 * t)  # noqa: E731
