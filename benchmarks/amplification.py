@@ -85,11 +85,10 @@ class Met(NamedTuple):
     errors: Tensor  # (S,) of the choosing seeds
 
 
-def measured(known: Known, power: float, seen: dict[Any, Met]) -> dict[int, Met]:
-    """Of each length what its plan did, from `seen` where plans are the same."""
-    amplified = run_amplified(*known.rehearsed[:2], known.ts, known.stepper)[1][:TEACHERS]
+def measured(known: Known, amplified: Tensor, seen: dict[Any, Met]) -> dict[int, Met]:
+    """Of each length what the plan did that weighs errors by this, from `seen` where plans are the same."""
     facts = {**known.profile.facts, "rehearsed": sampler_name(known.stepper, known.ts)}
-    profile, found = replace(known.profile, amplified=amplified**power, facts=facts), {}
+    profile, found = replace(known.profile, amplified=amplified, facts=facts), {}
     for nfe in usual_budgets(len(known.ts) - 1):
         cached = [CachedField(group.field, profile, nfe=nfe) for group in (known.rehearsed, known.choosing)]
         plan = cached[0].plan(known.ts, known.stepper)
@@ -130,6 +129,7 @@ if __name__ == "__main__":
     for name in names:
         known = fields()[name]()
         steps, seen = len(known.ts) - 1, dict[Any, Met]()
-        rows = [measured(known, power, seen) for power in POWERS]
+        amplified = run_amplified(*known.rehearsed[:2], known.ts, known.stepper)[1][:TEACHERS]
+        rows = [measured(known, amplified**power, seen) for power in POWERS]
         cells = ["{:.1f}, {:.2f}; {:+.1f}, {:+.1f}".format(*kept(met, steps), *gained(met, rows[0])) for met in rows]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
