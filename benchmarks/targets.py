@@ -1,6 +1,6 @@
 """Errors asked for and errors met on the shipped SiT, and every reuse's error beside its prediction.
 
-    python -m benchmarks.targets [--images 256] [--rehearsed 64] [--every]
+    python -m benchmarks.targets [--images 256] [--rehearsed 256]
 
 `rehearse` on samples of the calibration seeds, everything else on the reported ones. Prints, as Markdown: what
 rehearsal found, the limits of plans and what is made of errors; for each `rtol` the evaluations spent, the share of
@@ -22,7 +22,6 @@ from benchmarks.metrics import relative_error
 from benchmarks.shipped import GRID, noise, sit_field, sit_profile
 from benchmarks.sweep import settings
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
-from sencache.rehearse import usual_budgets
 from solvers import integrate
 
 
@@ -89,13 +88,11 @@ def spread(cached: CachedField, x: Tensor, ts: Tensor) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="how many samples to report on (default 256)")
-    parser.add_argument("--rehearsed", type=int, default=64, help="how many samples to rehearse with (default 64)")
-    parser.add_argument("--every", action="store_true", help="rehearse every length up to 31 evaluations")
+    parser.add_argument("--rehearsed", type=int, default=256, help="how many samples to rehearse with (default 256)")
     images, rehearsed = (options := parser.parse_args()).images, options.rehearsed
     torch.set_grad_enabled(False)
-    fresh, usual = noise(8 + rehearsed, "calibration")[8:], usual_budgets(len(GRID) - 1)
-    budgets = tuple({*usual, *range(usual[0], 32)}) if options.every else ()
-    profile = rehearse(sit_field(rehearsed), sit_profile(), fresh, GRID, budgets=budgets)
+    fresh = noise(8 + rehearsed, "calibration")[8:]
+    profile = rehearse(sit_field(rehearsed), sit_profile(), fresh, GRID)
     assert profile.budgets is not None
     assert profile.factors is not None
     assert profile.amplified is not None

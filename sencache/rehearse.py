@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sencache.amplification import run_amplified
 from sencache.cache import CachedField, check_bare
@@ -28,7 +29,7 @@ from solvers.loop import check_grid, check_stepper
 
 EULER = Euler()
 TEACHERS = 8  # samples, or an eighth of many
-COMPARED = 13  # of the usual budgets, every second
+COMPARED = 13  # of the usual budgets, every fourth
 
 
 def rehearse(
@@ -39,6 +40,7 @@ def rehearse(
     stepper: Stepper = EULER,
     *,
     budgets: tuple[int, ...] = (),
+    progress: bool = True,
 ) -> SensitivityProfile:
     """The profile with what plans of `budgets` evaluations made of fresh x (S, ...) at ts[0] on ts (K + 1,).
 
@@ -48,8 +50,8 @@ def rehearse(
     The first quarter of the samples, 8 at most or an eighth, shows what the field makes of errors, which plans for this
     grid and stepper weigh from then on; the others say what these keep. So give 30 samples or more, in no order. Pays
     for two full runs, and for each of the `budgets` as much as for one, because every reuse is compared with the truth.
-    The default budgets are up to 25 from 1/10 to 9/10 of the full run's, of which every second is compared and the
-    others pay for what they evaluate: 19 full runs on a grid of 50 steps, all in all.
+    The default budgets are up to 49 from 1/10 to 9/10 of the full run's, of which every fourth is compared and the
+    others pay for what they evaluate: 25 full runs on a grid of 50 steps, all in all.
 
     Raises ValueError for a stepper that asks for several outputs a step, for one whose noise is drawn anew in each run
     (a `BrownianPath` is not), for budgets of which there are no plans, and for a profile that was assumed.
@@ -83,14 +85,16 @@ def rehearse(
     compared = given or usual_budgets(steps, networks, COMPARED)
     if not networks <= budgets[0] <= budgets[-1] <= steps:
         raise ValueError(f"Rehearse budgets from {networks} to {steps} evaluations; got {budgets}.")
+    CachedField(field, profile, nfe=budgets[0]).plan(ts, stepper)  # raises before anything is paid
+    paid = [steps if nfe in compared else nfe for nfe in budgets]
     expected, factors, ratios = [], [], []
-    with torch.no_grad():
-        CachedField(field, profile, nfe=budgets[0]).plan(ts, stepper)  # raises before anything is paid
+    with torch.no_grad(), tqdm(total=2 * steps + sum(paid), desc="rehearse", disable=not progress) as bar:
         full, amplified = run_amplified(field, x, ts, stepper)
         facts |= {"rehearsed": sampler_name(stepper, ts), "rehearsed_ts": ts.double().cpu().tolist()}
         first = max(min(TEACHERS, len(x) // 4), len(x) // 8)
         profile = replace(profile, amplified=amplified[:first] if first else None, facts=facts)
-        for nfe in budgets:
+        bar.update(2 * steps)
+        for nfe, evaluations in zip(budgets, paid, strict=True):
             cached, ratio = CachedField(field, profile, nfe=nfe), times.new_full((len(x), steps), torch.nan)
             try:
                 if nfe in compared:
@@ -103,11 +107,12 @@ def rehearse(
             expected.append(plan.relative_error if plan.stable else torch.inf)
             factors.append(over(error.cpu(), plan.relative_error)[first:])
             ratios.append(ratio[first:])
+            bar.update(evaluations)
     counts, sizes = torch.tensor(budgets, device="cpu"), times.new_tensor(expected)
     return replace(profile, budgets=counts, expected=sizes, factors=torch.stack(factors), ratios=torch.stack(ratios))
 
 
-def usual_budgets(queries: int, networks: int = 1, most: int = 25) -> list[int]:
+def usual_budgets(queries: int, networks: int = 1, most: int = 49) -> list[int]:
     """Up to `most` budgets from 1/10 to 9/10 of a full run's evaluations, in equal ratios, rising.
 
     Each of the `networks` that take turns is evaluated, and, where it can be, something is left to reuse.

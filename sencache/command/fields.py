@@ -19,7 +19,7 @@ from sencache.calibrate import calibrate
 from sencache.command.named import field_maker
 from sencache.command.source import Outcome, plain_picture
 from sencache.profile import SensitivityProfile
-from sencache.rehearse import COMPARED, rehearse, usual_budgets
+from sencache.rehearse import rehearse
 from solvers import VP, Cosine, DPMSolverPP, Euler, Heun, Linear, Path, Stepper, UniPC, grids, integrate
 
 STEPPERS: dict[str, Callable[[Path], Stepper]] = {
@@ -85,11 +85,8 @@ class FieldSource:
         return calibrate(field, x, self.ts, self.stepper, secants=secants, file=file, progress=shown)
 
     def rehearsed(self, profile: SensitivityProfile, seeds: range) -> SensitivityProfile:
-        x, compared = self.noise(seeds), usual_budgets(self.steps, most=COMPARED)
-        paid = sum(n for n in usual_budgets(self.steps) if n not in compared)
-        paid += (2 + len(compared)) * self.steps - min(3, self.steps)  # bends are known after three steps
-        with progress("rehearse", len(x) * paid) as bar:
-            return rehearse(Watched(self.make(len(x)), bar), profile, x, self.ts, self.stepper)
+        x, shown = self.noise(seeds), sys.stderr.isatty()
+        return rehearse(self.make(len(x)), profile, x, self.ts, self.stepper, progress=shown)
 
     def check(self, profile: SensitivityProfile, budgets: list[int]) -> None:
         for nfe in budgets:
@@ -137,7 +134,7 @@ class FieldSource:
     def _timed(self, name: str, seeds: range, sample: Callable[[Any, Tensor], Tensor]) -> Outcome:
         field, x = self.make(len(seeds)), self.noise(seeds)
         counter = Counter()
-        with progress(f"{name:<12}", None) as bar:
+        with progress(name) as bar:
             counter.bar = bar
             self._wait()
             begin = time.perf_counter()
@@ -165,9 +162,9 @@ class Counter:
         self.bar.update(rows)
 
 
-def progress(name: str, total: int | None) -> tqdm:
-    """A bar on a terminal, and nothing elsewhere."""
-    return tqdm(desc=name, total=total, unit=" eval", leave=False, disable=None)
+def progress(name: str) -> tqdm:
+    """A count on a terminal, and nothing elsewhere."""
+    return tqdm(desc=f"{name:<12}", unit=" eval", leave=False, disable=None)
 
 
 def grid(options: argparse.Namespace, profile: SensitivityProfile | None) -> Tensor:
