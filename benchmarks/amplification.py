@@ -4,8 +4,8 @@ Plans that weigh errors by a power of how many times larger they become in one o
 powers 0 (as without rehearsal), 1/2 and 1 (which ships). Of each, the evaluations that `rtol` spends and the
 median of achieved over asked, the means of eight errors asked for, after a rehearsal with 64 samples (videos: 24) of
 the calibration seeds; and how far errors of the worst decile, and of the median, of 64 samples (videos: 16, mixtures:
-256) of the choosing seeds are below those of power 0, in dB, the mean of all lengths. Prints Markdown; three hours on
-one core. `--field sit` takes one field alone.
+256) of the choosing seeds are below those of power 0, in dB, the mean of all lengths. Prints Markdown; on one core
+the SiT takes 40 minutes and a mixture three. `--field sit` takes one field alone.
 """
 
 from __future__ import annotations
