@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.recorded import Recording
 from sencache import CachedField, SensitivityProfile, rms
-from sencache.plan import expectation, influence
+from sencache.influence import influence
+from sencache.plan import expectation
 from sencache.reuse import VARIABLES, continued, linear
 from sencache.schedule import Problem
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from sencache.checks import check_fit, check_fixed, check_model, check_options, check_path, check_payload, check_profile
 from sencache.correct import Folding, Notes, Repaying
 from sencache.criteria import Differences, Gains, Planned, Sensitivities
+from sencache.influence import charges
 from sencache.linear import check_linear
 from sencache.memory import Key, one_network
 from sencache.norms import Norm, rms
-from sencache.plan import Plan, charges, plan_for
+from sencache.plan import Plan, plan_for
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.reuse import REUSES, VARIABLES

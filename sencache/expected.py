@@ -69,8 +69,7 @@ class Errors:
         left = own.cumsum(1)
         still = left - own + owed  # in the end, with nothing repaid
         still[:, -1] = left[:, -1]
-        taken = nodes[:, None] < self._around(nodes)[1][..., None]
-        weighs = self.problem.gain[nodes][:, None] * taken - still
+        weighs = self.problem.weighed[self._around(nodes)[1][..., None], nodes[:, None]] - still
         return np.asarray((self.problem.alpha_x[nodes][:, None] * weighs) ** 2)
 
     def rank(self, nodes: Array) -> tuple[bool, float, float]:

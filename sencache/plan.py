@@ -20,7 +20,6 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,12 +29,12 @@ from sencache.amplification import carried
 from sencache.batch import Array
 from sencache.discretisation import discretisation
 from sencache.expected import Errors
-from sencache.linear import check_linear
+from sencache.influence import Response, influence, response
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import VARIABLES
 from sencache.schedule import HEARD, Problem, quadratic, schedules
-from solvers import Stepper, VelocityField
+from solvers import Stepper
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,52 +90,6 @@ class Stops:
         return (passed > before) | (t < self.earliest) | (t > self.latest)
 
 
-def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
-    """The query times (T,) of a stepper on ts (K + 1,), and dx_K / dv_j (T,): how it weighs each output in the end.
-
-    A stepper is linear in the outputs it is given, so it is run on outputs that are unit vectors. Several queries at
-    one time count as one output. Raises ValueError for a stepper that is not linear.
-    """
-    return _influence(stepper, ts)[:2]
-
-
-def charges(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
-    """The query times (T,) and what each query there is charged, (T,): `influence`, shared by those at one time."""
-    times, gain, counts = _influence(stepper, ts)
-    return times, gain / counts
-
-
-def _influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`influence`, and how many queries there are at each time, (T,)."""
-    check_linear(stepper, ts)
-    linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
-    times = list(dict.fromkeys(asked))
-    unit = torch.eye(len(times), dtype=torch.float64, device="cpu")
-    answers = iter([unit[times.index(t)] for t in asked])
-    end = _linear_end(linear, lambda x, t: next(answers).expand_as(x), ts, len(times))
-    return ts.new_tensor(times), end[0], ts.new_tensor([asked.count(t) for t in times]).long()
-
-
-def _asked(stepper: Stepper, ts: Tensor) -> list[float]:
-    """The time of every query of a stepper on ts (K + 1,), in order."""
-    asked: list[float] = []
-
-    def count(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(float(t))
-        return torch.zeros_like(x)
-
-    _linear_end(getattr(stepper, "linear", stepper), count, ts.double().cpu(), 1)
-    return asked
-
-
-def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, columns: int) -> Tensor:
-    x, memory = torch.zeros(1, columns, dtype=torch.float64, device="cpu"), None
-    for t, t_next in pairwise(ts):
-        dx, memory = stepper.advance(field, x, t, t_next, memory)
-        x = x + dx
-    return x
-
-
 def expectation(problem: Problem, nodes: Array, size: float, errors: Errors | None = None) -> Plan:
     """What is to be expected of evaluating at the query times `nodes` (N,), for a final state of RMS `size`."""
     errors = errors or Errors(problem)
@@ -169,7 +122,8 @@ def _changes(problem: Problem, nodes: Array) -> tuple[Tensor, Tensor]:
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
     """Tells samplers apart: the stepper, and the grid in words and by its digest."""
-    digest = hashlib.sha256(b"weighed" + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]  # plans of other kinds
+    kind = b"weighed on the way" if response(stepper, ts).mixed else b"weighed"  # plans of other kinds
+    digest = hashlib.sha256(kind + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]
     return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
 
 
@@ -201,7 +155,8 @@ def plan_for(
     if (rehearsed := _as_rehearsed(profile, ts)) is not None:
         plan = plan_for(profile, rehearsed, stepper, reuse, correct, nfe, rtol, regime)
         return replace(plan, times=influence(stepper, ts)[0])
-    times, gain, counts = _influence(stepper, ts)
+    found = response(stepper, ts)
+    times = found.times
     unknown = times[~profile.near(times)]
     if len(unknown):
         raise ValueError(
@@ -214,12 +169,12 @@ def plan_for(
     answers = regime(times)
     part = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), (answers[1:] != answers[:-1]).cumsum(0)])
     heard = 0.0 if hasattr(stepper, "noise") else HEARD
-    plan = best_plan(profile, times, gain, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
-    if (counts > 1).any():  # one output answers for several, and nobody knows what that does
+    plan = best_plan(profile, found, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
+    if (found.counts > 1).any():  # one output answers for several, and nobody knows what that does
         plan = replace(plan, relative_error=torch.nan)
     if part.any():
         return plan
-    return replace(plan, discretisation=discretisation(profile, ts, stepper, times, gain))
+    return replace(plan, discretisation=discretisation(profile, ts, stepper, times, found.gain))
 
 
 def _as_rehearsed(profile: SensitivityProfile, ts: Tensor) -> Tensor | None:
@@ -246,8 +201,7 @@ def _felt(profile: SensitivityProfile, alpha: Tensor, times: Tensor) -> Array:
 
 def best_plan(
     profile: SensitivityProfile,
-    times: Tensor,
-    gain: Tensor,
+    found: Response,
     part: Tensor,
     sampler: str,
     reuse: str,
@@ -256,7 +210,8 @@ def best_plan(
     rtol: float | None,
     heard: float = HEARD,
 ) -> Plan:
-    """`plan_for` a sampler known by its query times, dx_K / dv_j, the network that answers, each (T,), and its name."""
+    """`plan_for` a sampler known by what it makes of outputs, the network that answers each, (T,), and its name."""
+    times = found.times
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     networks = int(part[-1]) + 1
     if nfe is not None and nfe < networks:
@@ -266,7 +221,8 @@ def best_plan(
     alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
     rehearsed = profile.facts.get("rehearsed")
     amplified = profile.amplified if rehearsed == sampler else None
-    known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
+    known = {"gain": found.gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
+    known |= {"states": found.states.numpy()} if found.mixed else {}
     known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x), "carried": carried(amplified)}
     assumed = "assumed" in profile.facts
     polishes = heard > 0 and reuse != "hold" and not assumed  # it is known how errors cancel
@@ -286,7 +242,7 @@ def best_plan(
         ways.append((errors, errors.polished(nodes) if polishes else nodes))
     ranks = [errors.rank(nodes) for errors, nodes in ways]
     if all(grows for grows, *_ in ranks) and amplified is not None:  # weights can lead there
-        return best_plan(replace(profile, amplified=None), times, gain, part, sampler, reuse, correct, nfe, rtol, heard)
+        return best_plan(replace(profile, amplified=None), found, part, sampler, reuse, correct, nfe, rtol, heard)
     if all(grows for grows, *_ in ranks):
         held = Errors(replace(in_t, reuse="hold", correct=False))  # it bears the longest gaps
         ways.append((held, schedules(held.problem, n)[-1]))

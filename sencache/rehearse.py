@@ -20,9 +20,10 @@ from tqdm import tqdm
 from sencache.amplification import run_amplified
 from sencache.cache import CachedField, check_bare
 from sencache.checks import check_budgets, check_profile
+from sencache.influence import influence
 from sencache.memory import one_network
 from sencache.norms import difference, rms
-from sencache.plan import influence, sampler_name
+from sencache.plan import sampler_name
 from sencache.profile import SensitivityProfile
 from solvers import Euler, Stepper, VelocityField, WhiteNoise, integrate
 from solvers.loop import check_grid, check_stepper

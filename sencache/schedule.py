@@ -52,6 +52,9 @@ class Problem:
     samples_x: Array | None = None  # (S, T) of each sample
     heard: float = HEARD  # what share of echoes the search counts
     carried: Array = field(default_factory=_as_it_is)  # (T,) times what an error of each output is made in the end
+    states: Array | None = (
+        None  # (T, T) how the states on the way weigh outputs, `Response.states`; None as the end does
+    )
 
     def __post_init__(self) -> None:
         for name in ("part", "alpha_x", "carried"):
@@ -83,26 +86,28 @@ class Problem:
     def residuals(self, before: Array, ref: Array, end: Array) -> tuple[Array, Array]:
         """The weights (n, T) of the outputs in what gaps ref -> end leave in the final state; `before` ended at ref.
 
-        And in what they owe until then, which is what they would leave if nothing were repaid.
+        And in what the state at `end` owes until then: what they would leave there if nothing were repaid.
         Indices (n,) of query times: before = -1 where nothing was evaluated earlier, end = T where nothing will be.
         """
-        size, s, rows = len(self.times), VARIABLES[self.variable](self.times), np.arange(len(ref))
+        size, s = len(self.times), VARIABLES[self.variable](self.times)
         j, two, k = np.arange(size), np.maximum(before, 0), np.minimum(end, size - 1)
         s_ref, s_before = s[ref], np.where((before >= 0) & self.together(before, ref), s[two], np.nan)
-        weight = self.gain * ((j > ref[:, None]) & (j < end[:, None]))
-        u = s - s_ref[:, None]
-        used = weight * self.phi(s, s_ref[:, None], s_before[:, None])
-        moments = np.stack([weight * u, weight * u**2, used], 1).sum(2)
-        open_gap = weight.copy()  # true outputs, less what was used
-        open_gap[rows, ref] -= weight.sum(1) + moments[:, 2]
-        open_gap[rows, two] += moments[:, 2]
-        left = open_gap.copy()
+        reused, u = (j > ref[:, None]) & (j < end[:, None]), s - s_ref[:, None]
+        phi = self.phi(s, s_ref[:, None], s_before[:, None])
+        weight = self.gain * reused
+        left, owes = (_less_used(each, phi, ref, two) for each in (weight, self.weighed[end] * reused))
         if self.correct:
-            nodes = np.stack([s[k], s_ref, s_before], 1)
-            repaid = owed(moments, nodes) * ((end < size) & self.together(end, ref))[:, None]
+            moments, nodes = np.stack([weight * u, weight * u**2, weight * phi], 1).sum(2), [s[k], s_ref, s_before]
+            repaid = owed(moments, np.stack(nodes, 1)) * ((end < size) & self.together(end, ref))[:, None]
             for node, share in zip((k, ref, two), repaid.T, strict=True):
-                left[rows, node] -= share
-        return left, open_gap
+                left[np.arange(len(ref)), node] -= share
+        return left, owes
+
+    @cached_property
+    def weighed(self) -> Array:
+        """How the state of each query weighs every output, and the final one last, (T + 1, T)."""
+        euler = np.tril(np.broadcast_to(self.gain, (len(self.gain), len(self.gain))), -1)
+        return np.concatenate([euler if self.states is None else self.states, self.gain[None]])
 
     def phi(self, s: Array, s_ref: Array, s_before: Array) -> Array:
         """What a reuse adds of the difference of the last two evaluations."""
@@ -144,6 +149,7 @@ class Problem:
         a_a = within - total * (with_ref + a_ref)
         a_end = with_end - with_ref - total * along  # <A, f_end - f_ref>
         end_end = square[ends] - 2 * to_end + square[:, None]
+        debts = Debts(self.weighed, mean)
         echo = self.heard * np.append(self.alpha_x, 0)  # nothing is evaluated at T
         own = np.append(abs(self.gain), 0)
         unstable = self.instability() * integrated(self, mean)
@@ -152,7 +158,8 @@ class Problem:
             rows, after = slice(before + 1, None if before >= 0 else 1), slice(before + 2, None)  # refs and ends
             here, ref, end = (rows, after), j[rows, None], np.arange(size + 1)[after]
             s_before = np.where((before >= 0) & self.together(ref, before), s[before], np.nan)
-            used = _until(weight[rows] * self.phi(s, s[ref], s_before))[:, after]
+            phi = self.phi(s, s[ref], s_before)
+            used = _until(weight[rows] * phi)[:, after]
             k, w = 0 * used, used
             if self.correct:
                 moments = np.stack([first[here], second[here], used], -1)
@@ -164,14 +171,53 @@ class Problem:
             a_line = a_ref[here] - with_before + total[here] * line  # <A, f_ref - f_before>; w is 0 without two
             line_line = square[ref] - 2 * line + square[before]
             end_line = along[here] - to_end[before, after] + line
-            debt = a_a[here] + used * (used * line_line - 2 * a_line)  # until it is repaid
             left = a_a[here] + k * (k * end_end[here] - 2 * a_end[here] + 2 * w * end_line)
             left = np.maximum(left + w * (w * line_line - 2 * a_line), 0)
-            echoes = (echo[after] * (abs(k) + own[after])) ** 2 * np.maximum(debt, 0)
+            echoes = (echo[after] * (abs(k) + own[after])) ** 2 * debts.of(before, rows, after, phi)
             form = (left + echoes) * self.carry[here] ** 2 + unstable[here] * self.carry.max() ** 2
             real = (end > ref) & self.together(end - 1, ref)
             cost[before, rows, after] = np.where(real, form, np.inf)
         return cost
+
+
+class Debts:
+    """The squares of what states owe where gaps end, just before it is repaid, as each of them weighs the outputs.
+
+    Of A = sum_j w_j (f_j - f_ref), and of it less the line continued, the sums over a gap being those from ref on,
+    because no state weighs an output that is asked for later. As arrays by `ref` and `end`; sums by `end` first.
+    """
+
+    def __init__(self, weighed: Array, mean: Array):
+        self.weighed, self.mean, j = torch.from_numpy(weighed.T.copy()), mean, np.arange(len(mean))
+        self.later = (j > j[:, None]).astype(float)  # (ref, j)
+        products = weighed[:, :, None] * mean  # (end, j, i), <w_j f_j, f_i>
+        self.until = products[:, ::-1].cumsum(1)[:, ::-1] - products  # (end, ref, i)
+        self.total = self._summed(self.later)
+        with_ref = self.until[:, j, j].T
+        within = np.einsum("erj,ej,rj->re", self.until, weighed, self.later)
+        self.a_ref = with_ref - self.total * mean.diagonal()[:, None]  # <A, f_ref>
+        self.a_a = within - self.total * (with_ref + self.a_ref)
+
+    def of(self, before: int, refs: slice, ends: slice, phi: Array) -> Array:
+        """Of gaps after one that began at `before`, whose reuses are continued by `phi` (ref, j); -1 where none did."""
+        line, square = self.mean[refs, before, None], self.mean.diagonal()
+        used = self._summed(self.later[refs] * phi)[:, ends]
+        with_before = self.until[ends, refs, before].T
+        a_line = self.a_ref[refs, ends] - with_before + self.total[refs, ends] * line  # <A, f_ref - f_before>
+        line_line = square[refs, None] - 2 * line + square[before]
+        return np.asarray(np.maximum(self.a_a[refs, ends] + used * (used * line_line - 2 * a_line), 0))
+
+    def _summed(self, terms: Array) -> Array:
+        """Terms (ref, j), of every output as it is weighed at `end`, (ref, end)."""
+        return (torch.from_numpy(terms) @ self.weighed).numpy()
+
+
+def _less_used(weight: Array, phi: Array, ref: Array, before: Array) -> Array:
+    """True outputs of `weight` (n, T), less y_ref + phi (y_ref - y_before) in the place of each, as weights (n, T)."""
+    found, rows, line = weight.copy(), np.arange(len(ref)), (weight * phi).sum(1)
+    found[rows, ref] -= weight.sum(1) + line
+    found[rows, before] += line
+    return found
 
 
 def _until(terms: Array, axis: int = -1) -> Array:

@@ -13,7 +13,8 @@ from benchmarks.fields.gmm import GaussianMixture
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse, rms
 from sencache.amplification import carried, run_amplified
 from sencache.expected import Errors
-from sencache.plan import expectation, influence, sampler_name
+from sencache.influence import influence
+from sencache.plan import expectation, sampler_name
 from sencache.schedule import Problem, schedules
 from solvers import VP, BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Linear, UniPC, grids, integrate
 from tests.flows import rms as rms_64

@@ -16,7 +16,8 @@ import torch
 from sencache import CachedField, assumed, calibrate
 from sencache.criteria import Scheduled
 from sencache.expected import Errors
-from sencache.plan import expectation, influence
+from sencache.influence import influence, response
+from sencache.plan import expectation
 from sencache.schedule import Problem, schedules
 from solvers import BrownianPath, DPMSolverPP, Euler, EulerMaruyama, Linear, UniPC, grids, integrate
 from tests.flows import rms
@@ -24,7 +25,8 @@ from tests.flows import rms
 K, SAMPLES, SIZE = 14, 3, 7
 TS = grids.uniform(K, 0.95, 0.05)
 X = torch.zeros(SAMPLES, SIZE, dtype=torch.float64)
-STEPPERS = {"Euler": Euler(), "DDIM": DPMSolverPP(Linear(), 1), "DPM-Solver++ 2M": DPMSolverPP(Linear(), 2)}
+STEPPERS = {"Euler": Euler(), "DDIM": DPMSolverPP(Linear(), 1)}
+MULTISTEP = {"DPM-Solver++ 2M": DPMSolverPP(Linear(), 2), "UniPC": UniPC(Linear())}
 WAYS = [("hold", False), ("hold", True), ("linear", False), ("linear", True)]
 WAY = pytest.mark.parametrize(("reuse", "correct"), WAYS, ids=[f"{reuse}, {correct}" for reuse, correct in WAYS])
 
@@ -37,10 +39,11 @@ def waves(seed=0):
 
 
 def posed(field, reuse="linear", correct=True, alpha_x=0.0, stepper=STEPPERS["Euler"], variable="t", **more):
-    times, gain = influence(stepper, TS)
+    times, gain, states, _ = response(stepper, TS)
     outputs = torch.stack([field(X, t) for t in times])
     gram = torch.einsum("isd,jsd->sij", outputs, outputs) / SIZE
-    return Problem(times.numpy(), gain.numpy(), gram.numpy(), reuse, variable, correct, alpha_x=alpha_x, **more)
+    known = times.numpy(), gain.numpy(), gram.numpy(), reuse, variable, correct
+    return Problem(*known, alpha_x=alpha_x, states=states.numpy(), **more)
 
 
 def pushed(field, problem, stepper, nodes, k=None):
@@ -63,11 +66,12 @@ def pushed(field, problem, stepper, nodes, k=None):
     return torch.stack([*(states[t] for t in problem.times.tolist()), end])
 
 
-@pytest.mark.parametrize("method", ["Euler", "DDIM"])
+@pytest.mark.parametrize("method", [*STEPPERS, *MULTISTEP])
 @pytest.mark.parametrize("nodes", [[0, 3, 5, 9, 12], [0, 1, 2, 8], [0, 4, 13]], ids=str)
 @WAY
 def test_an_error_is_what_gaps_leave_and_what_evaluations_in_wrong_states_do(method, nodes, reuse, correct):
-    field, stepper, at = waves(), STEPPERS[method], np.array(nodes)
+    """Exactly; of multistep solvers but for what gaps that were repaid last still weigh otherwise in the next state."""
+    field, stepper, at = waves(), {**STEPPERS, **MULTISTEP}[method], np.array(nodes)
     alpha_x = np.linspace(0.3, 1.2, K)
     problem = posed(field, reuse, correct, alpha_x, stepper)
     true = torch.stack(full_states(field, stepper))
@@ -80,7 +84,9 @@ def test_an_error_is_what_gaps_leave_and_what_evaluations_in_wrong_states_do(met
         for early in range(1, late):
             state += min(1, float(alpha_x[nodes[early]] * weigh[early, nodes[late]]) ** 2) * off[nodes[early]]
         expected += float(alpha_x[nodes[late]] * weigh[late, K]) ** 2 * state
-    np.testing.assert_allclose(Errors(problem).of(at), expected.numpy(), rtol=1e-6, atol=1e-14)
+    np.testing.assert_allclose(
+        Errors(problem).of(at), expected.numpy(), rtol=1e-6 if method in STEPPERS else 0.01, atol=1e-14
+    )
 
 
 def full_states(field, stepper):

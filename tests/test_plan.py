@@ -22,7 +22,8 @@ from benchmarks.cases import cases
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
 from sencache.criteria import Scheduled
 from sencache.expected import Errors
-from sencache.plan import expectation, influence, sampler_name
+from sencache.influence import influence
+from sencache.plan import expectation, sampler_name
 from sencache.schedule import HEARD, STABLE, Problem, quadratic, schedules
 from solvers import (
     BrownianPath,

@@ -23,8 +23,8 @@ from sencache.baselines.steps import full_run, mean_abs
 from sencache.batch import copy
 from sencache.cache import CachedField
 from sencache.criteria import Scheduled
+from sencache.influence import influence
 from sencache.memory import one_network
-from sencache.plan import influence
 from solvers import Euler, Stepper
 
 EULER = Euler()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sencache.criteria import Scheduled
-from sencache.plan import influence
+from sencache.influence import influence
 from solvers import Euler, Stepper
 
 EULER = Euler()

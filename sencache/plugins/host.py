@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from sencache.batch import batch_of, clock_of
 from sencache.cache import CachedField
+from sencache.influence import influence
 from sencache.linear import uses_one_output
 from sencache.norms import difference, rms
-from sencache.plan import influence
 from sencache.profile import SensitivityProfile
 from sencache.report import Report
 from sencache.run import Run

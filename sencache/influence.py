@@ -1,0 +1,90 @@
+"""What a stepper makes of each output it is given: in the final state, and in the states that it asks about on the way.
+
+A stepper is linear in the outputs, so it is run on outputs that are unit vectors. For Euler's method both are the same,
+because what a step adds stays as it is. A multistep solver weighs its last outputs otherwise in the state that it asks
+about next than in the end: UniPC nearly twice, and near an end of the grid several times, or with the other sign.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sencache.linear import check_linear
+from solvers import Stepper, VelocityField
+
+
+class Response(NamedTuple):
+    """A stepper's on one grid, of T query times. Several queries at one time count as one output."""
+
+    times: Tensor  # (T,) float64
+    gain: Tensor  # (T,) dx_K / dv_j, how the final state weighs the output at each time
+    states: Tensor  # (T, T) dx_K / dx_k dx_k / dv_j, how the state weighs it, in the end's units, that k is asked at
+    counts: Tensor  # (T,) int64, how many queries there are at each time
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a state on the way weighs outputs otherwise than the end: of a method with a history, or stages."""
+        return not torch.allclose(self.states, self.gain.expand_as(self.states).tril(-1))
+
+
+def response(stepper: Stepper, ts: Tensor) -> Response:
+    """What a stepper makes of outputs on ts (K + 1,). Raises ValueError for one that is not linear."""
+    check_linear(stepper, ts)
+    linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
+    times = list(dict.fromkeys(asked))
+    start = torch.eye(len(times) + 1, dtype=torch.float64, device="cpu")[-1:]  # beside them one that is there already
+    unit, first = torch.eye(len(times), len(times) + 1, dtype=torch.float64, device="cpu"), dict[float, Tensor]()
+    queries = iter(asked)
+
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        first.setdefault(time := next(queries), x[0].clone())
+        return unit[times.index(time)].expand_as(x)
+
+    end = _linear_end(linear, answer, ts, start)[0]
+    states = torch.stack([first[t] for t in times])
+    counts = ts.new_tensor([asked.count(t) for t in times]).long()
+    return Response(ts.new_tensor(times), end[:-1], in_the_end(states[:, :-1], states[:, -1], end[-1]), counts)
+
+
+def in_the_end(states: Tensor, still: Tensor, end: Tensor) -> Tensor:
+    """How states (T, T) weigh outputs, in units of the final state; `still` (T,) and `end` () is what 1 has become."""
+    return states * torch.where(still == 0, 1.0, end / still)[:, None]
+
+
+def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
+    """The query times (T,) of a stepper on ts (K + 1,), and dx_K / dv_j (T,): how it weighs each output in the end.
+
+    Raises ValueError for a stepper that is not linear.
+    """
+    return response(stepper, ts)[:2]
+
+
+def charges(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
+    """The query times (T,) and what each query there is charged, (T,): `influence`, shared by those at one time."""
+    found = response(stepper, ts)
+    return found.times, found.gain / found.counts
+
+
+def _asked(stepper: Stepper, ts: Tensor) -> list[float]:
+    """The time of every query of a stepper on ts (K + 1,), in order."""
+    asked: list[float] = []
+
+    def count(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return torch.zeros_like(x)
+
+    nothing = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+    _linear_end(getattr(stepper, "linear", stepper), count, ts.double().cpu(), nothing)
+    return asked
+
+
+def _linear_end(stepper: Stepper, field: VelocityField, ts: Tensor, x: Tensor) -> Tensor:
+    memory = None
+    for t, t_next in pairwise(ts):
+        dx, memory = stepper.advance(field, x, t, t_next, memory)
+        x = x + dx
+    return x
