@@ -53,7 +53,7 @@ class Problem:
     heard: float = HEARD  # what share of echoes the search counts
     carried: Array = field(default_factory=_as_it_is)  # (T,) times what an error of each output is made in the end
     states: Array | None = (
-        None  # (T, T) how the states on the way weigh outputs, `Response.states`; None as the end does
+        None  # (T, T) `Response.states`, where those weigh outputs otherwise than the end
     )
 
     def __post_init__(self) -> None:
