@@ -45,14 +45,18 @@ def response(stepper: Stepper, ts: Tensor) -> Response:
         return unit[times.index(time)].expand_as(x)
 
     end = _linear_end(linear, answer, ts, start)[0]
-    states = torch.stack([first[t] for t in times])
+    states, gain = torch.stack([first[t] for t in times]), end[:-1]
     counts = ts.new_tensor([asked.count(t) for t in times]).long()
-    return Response(ts.new_tensor(times), end[:-1], in_the_end(states[:, :-1], states[:, -1], end[-1]), counts)
+    return Response(ts.new_tensor(times), gain, in_the_end(states[:, :-1], states[:, -1], end[-1], gain), counts)
 
 
-def in_the_end(states: Tensor, still: Tensor, end: Tensor) -> Tensor:
-    """How states (T, T) weigh outputs, in units of the final state; `still` (T,) and `end` () is what 1 has become."""
-    return states * torch.where(still == 0, 1.0, end / still)[:, None]
+def in_the_end(states: Tensor, still: Tensor, end: Tensor, gain: Tensor) -> Tensor:
+    """How states (T, T) weigh outputs, in units of the final state; `still` (T,) and `end` () is what 1 has become.
+
+    Where nothing is left of that, as if the states weighed outputs as the end does.
+    """
+    lost = (still == 0) | (end == 0)
+    return torch.where(lost[:, None], gain.expand_as(states).tril(-1), states * (end / still)[:, None])
 
 
 def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:

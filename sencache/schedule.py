@@ -52,9 +52,7 @@ class Problem:
     samples_x: Array | None = None  # (S, T) of each sample
     heard: float = HEARD  # what share of echoes the search counts
     carried: Array = field(default_factory=_as_it_is)  # (T,) times what an error of each output is made in the end
-    states: Array | None = (
-        None  # (T, T) `Response.states`, where those weigh outputs otherwise than the end
-    )
+    states: Array | None = None  # (T, T) `Response.states`, where those weigh outputs otherwise than the end
 
     def __post_init__(self) -> None:
         for name in ("part", "alpha_x", "carried"):
@@ -183,32 +181,30 @@ class Problem:
 class Debts:
     """The squares of what states owe where gaps end, just before it is repaid, as each of them weighs the outputs.
 
-    Of A = sum_j w_j (f_j - f_ref), and of it less the line continued, the sums over a gap being those from ref on,
-    because no state weighs an output that is asked for later. As arrays by `ref` and `end`; sums by `end` first.
+    Of A = sum_j w_j (f_j - f_ref), and of it less the line continued; a state weighs no output that is asked for later,
+    so the sums over a gap are those over all after `ref`. By `ref` and `end`.
     """
 
     def __init__(self, weighed: Array, mean: Array):
-        self.weighed, self.mean, j = torch.from_numpy(weighed.T.copy()), mean, np.arange(len(mean))
+        j, w = np.arange(len(mean)), weighed.T  # (j, end)
+        self.weighed, self.mean, self.square = torch.from_numpy(w.copy()), mean, mean.diagonal()[:, None]
         self.later = (j > j[:, None]).astype(float)  # (ref, j)
-        products = weighed[:, :, None] * mean  # (end, j, i), <w_j f_j, f_i>
-        self.until = products[:, ::-1].cumsum(1)[:, ::-1] - products  # (end, ref, i)
-        self.total = self._summed(self.later)
-        with_ref = self.until[:, j, j].T
-        within = np.einsum("erj,ej,rj->re", self.until, weighed, self.later)
-        self.a_ref = with_ref - self.total * mean.diagonal()[:, None]  # <A, f_ref>
+        self.total, with_ref = self._summed(self.later), self._summed(self.later * mean)
+        more = w * (2 * with_ref + w * self.square)  # with one output more, in the square of sum_j w_j f_j
+        within = more[::-1].cumsum(0)[::-1] - more
+        self.a_ref = with_ref - self.total * self.square  # <A, f_ref>
         self.a_a = within - self.total * (with_ref + self.a_ref)
 
     def of(self, before: int, refs: slice, ends: slice, phi: Array) -> Array:
         """Of gaps after one that began at `before`, whose reuses are continued by `phi` (ref, j); -1 where none did."""
-        line, square = self.mean[refs, before, None], self.mean.diagonal()
-        used = self._summed(self.later[refs] * phi)[:, ends]
-        with_before = self.until[ends, refs, before].T
+        line = self.mean[refs, before, None]
+        used, with_before = (self._summed(self.later[refs] * terms)[:, ends] for terms in (phi, self.mean[before]))
         a_line = self.a_ref[refs, ends] - with_before + self.total[refs, ends] * line  # <A, f_ref - f_before>
-        line_line = square[refs, None] - 2 * line + square[before]
+        line_line = self.square[refs] - 2 * line + self.square[before]
         return np.asarray(np.maximum(self.a_a[refs, ends] + used * (used * line_line - 2 * a_line), 0))
 
     def _summed(self, terms: Array) -> Array:
-        """Terms (ref, j), of every output as it is weighed at `end`, (ref, end)."""
+        """Of terms (ref, j) the sums over j as every state weighs its outputs, (ref, end)."""
         return (torch.from_numpy(terms) @ self.weighed).numpy()
 
 

@@ -22,10 +22,11 @@ from benchmarks.cases import cases
 from sencache import CachedField, SensitivityProfile, calibrate, rehearse
 from sencache.criteria import Scheduled
 from sencache.expected import Errors
-from sencache.influence import influence
+from sencache.influence import Response, influence, response
 from sencache.plan import expectation, sampler_name
 from sencache.schedule import HEARD, STABLE, Problem, quadratic, schedules
 from solvers import (
+    VP,
     BrownianPath,
     DPMSolverPP,
     Euler,
@@ -33,6 +34,7 @@ from solvers import (
     Heun,
     Linear,
     TorchDiffEq,
+    UniPC,
     grids,
     integrate,
     trajectory,
@@ -196,21 +198,26 @@ def test_no_schedule_of_its_length_costs_less(method, kind, variable, reuse, cor
         assert total(nodes.tolist()) == pytest.approx(least, rel=1e-9, abs=1e-14)
 
 
+@pytest.mark.parametrize("stepper", [Euler(), UniPC(Linear())], ids=str)
 @WAY
-def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct, monkeypatch):
+def test_costs_count_the_echo_of_what_a_gap_owes_at_its_end(reuse, correct, stepper, monkeypatch):
+    """As the state there weighs outputs: of a solver with a history not as the end does."""
     for each in STABLE:
         monkeypatch.setitem(STABLE, each, math.inf)
     ts = grid()
-    _, outputs, _ = oracle("smooth", Euler(), ts, "t")
-    still, alpha_x = posed(Euler(), ts, outputs, reuse, correct), np.linspace(1, 4, 10)
+    _, outputs, _ = oracle("smooth", stepper, ts, "t")
+    states = None if stepper == Euler() else response(stepper, ts).states.numpy()
+    still = replace(posed(stepper, ts, outputs, reuse, correct), states=states)
+    alpha_x = np.linspace(1, 4, 10)
     size, felt = len(still.times), replace(still, alpha_x=alpha_x)
     every = [(b, r, e) for b in range(size) for r in range(b + 1, size) for e in range(r + 1, size)]
     before, ref, end = np.array(every).T
-    left, open_gap = still.residuals(before, ref, end)
-    assert np.array_equal(open_gap, replace(still, correct=False).residuals(before, ref, end)[0])
+    left, owes = still.residuals(before, ref, end)
+    open_gap = replace(still, correct=False).residuals(before, ref, end)[0]
+    assert np.array_equal(open_gap, owes) == (states is None)
     share = (open_gap - left)[range(len(end)), end]  # of the output at the end in repaying
     weight = HEARD * alpha_x[end] * (abs(share) + abs(still.gain[end]))
-    echo = weight**2 * quadratic(open_gap, still.gram.mean(0))
+    echo = weight**2 * quadratic(owes, still.gram.mean(0))
     np.testing.assert_allclose(
         felt.costs()[before, ref, end], still.costs()[before, ref, end] + echo, rtol=1e-8, atol=1e-13
     )
@@ -390,6 +397,53 @@ def test_influence_is_how_far_the_end_moves_with_an_output(method):
         moved = outputs.clone()
         moved[j] += 1
         torch.testing.assert_close(end(moved) - end(outputs), gain[j].expand_as(x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", [Linear(), VP()], ids=str)
+@pytest.mark.parametrize("method", [Euler, Heun, DPMSolverPP, UniPC])
+def test_states_are_how_far_those_on_the_way_move_with_an_output(method, path):
+    """In units of the end: times how far that moves with them. Of Euler's method they are the gain, of others not."""
+    ts, stepper = grid(8), method() if method in (Euler, Heun) else method(path)
+    found = response(stepper, ts)
+    asked, size = found.times.tolist(), len(found.times)
+    outputs = torch.randn(size, 1, 3, generator=seeded(3), dtype=torch.float64)
+
+    def states(outputs, x):
+        seen = {}
+        end = integrate(lambda x, t: seen.setdefault(float(t), x) * 0 + outputs[asked.index(float(t))], x, ts, stepper)
+        return torch.stack([*seen.values(), end])
+
+    x = torch.randn(1, 3, generator=seeded(1), dtype=torch.float64)
+    bare = states(outputs, x)
+    still = (states(outputs, x + 1) - bare)[:, 0, 0]
+    for j in range(size):
+        moved = outputs.clone()
+        moved[j] += 1
+        off = (states(moved, x) - bare)[:-1, 0, 0] * still[-1] / still[:-1]
+        torch.testing.assert_close(off, found.states[:, j], rtol=1e-8, atol=1e-10)
+    assert found.mixed == (method is not Euler)
+
+
+def test_plans_for_a_solver_with_a_history_know_what_it_makes_of_outputs_on_the_way(monkeypatch):
+    """Of Gaussian data to its very end, where UniPC's last steps weigh outputs by many times what is left of them."""
+    ts, path, scale = grids.uniform(50, 1.0, 1e-3), VP(), 0.2 * torch.randn(64, generator=seeded(0)).double().exp()
+
+    def field(x, t):
+        alpha, sigma, dalpha, dsigma = (part.double() for part in path.coefficients(t))
+        return (alpha * dalpha * scale**2 + sigma * dsigma) / (alpha**2 * scale**2 + sigma**2) * x
+
+    x, stepper = torch.randn(32, 64, generator=seeded(1), dtype=torch.float64), UniPC(path)
+    profile, full = calibrate(field, x[:8], ts, stepper, progress=False), integrate(field, x[8:], ts, stepper)
+
+    def errors():
+        ends = [CachedField(field, profile, nfe=nfe).integrate(x[8:], ts, stepper) for nfe in (8, 10, 12, 15, 18, 22)]
+        return torch.stack([rms(end - full).median() for end in ends])
+
+    knowing = errors()
+    monkeypatch.setattr(Response, "mixed", False)
+    gained = (errors() / knowing).log10() * 20
+    assert gained.mean() > 4  # dB
+    assert gained.min() > -2
 
 
 # from calibration to the sample: fields that do not feel x, of which everything is known beforehand

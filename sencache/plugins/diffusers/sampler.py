@@ -43,8 +43,9 @@ class Sampler:
         calls = [self.which.tolist().index(k) for k in range(len(self.times))]  # the first at each time
         states = [self._by_time(self.weights[call - 1]) if call else torch.zeros_like(self.times) for call in calls]
         still = torch.cat([torch.ones_like(self.still[:1]), self.still])[calls]
-        carried = in_the_end(torch.stack(states), still, self.still[-1])
-        return Response(self.times, self._by_time(self.weights[-1]), carried, self.which.bincount())
+        gain = self._by_time(self.weights[-1])
+        carried = in_the_end(torch.stack(states), still, self.still[-1], gain)
+        return Response(self.times, gain, carried, self.which.bincount())
 
     def _by_time(self, weights: Mapping[Slot, Tensor]) -> Tensor:
         """Of every output in the state that a step returned, (T,), from those of every call."""
