@@ -14,7 +14,6 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from benchmarks.metrics import relative_error
 from benchmarks.sweep import Setting, settings
 from sencache import CachedField, SensitivityProfile, calibrate
 from sencache.amplification import run_amplified
-from sencache.conformal import tolerance_limit
+from sencache.conformal import shortest, tolerance_limit
 from sencache.plan import sampler_name
 from sencache.rehearse import TEACHERS, usual_budgets
 from solvers import Stepper, integrate
@@ -107,9 +106,9 @@ def kept(met: dict[int, Met], steps: int) -> tuple[float, float]:
     """The evaluations that `rtol` spends, and the median of achieved over asked: means over `RTOLS`."""
     spent, achieved = [], []
     for rtol in RTOLS:
-        passed = list(takewhile(lambda nfe: met[nfe].limit <= rtol, reversed(met)))  # noqa: B023
-        spent.append(min(passed, default=steps))
-        achieved.append(float(met[min(passed)].errors.median()) / rtol if passed else 0.0)
+        nfe = shortest({n: each.limit for n, each in met.items()}, rtol)
+        spent.append(nfe or steps)
+        achieved.append(float(met[nfe].errors.median()) / rtol if nfe else 0.0)
     return sum(spent) / len(RTOLS), sum(achieved) / len(RTOLS)
 
 

@@ -11,7 +11,6 @@ up to 34, because what longer ones keep is below the errors asked for. Half an h
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from benchmarks.metrics import relative_error
 from benchmarks.shipped import GRID, noise, sit_field, sit_profile
 from sencache import CachedField
 from sencache.amplification import run_amplified
-from sencache.conformal import tolerance_limit
+from sencache.conformal import shortest, tolerance_limit
 from sencache.plan import sampler_name
 from sencache.rehearse import usual_budgets
 from solvers import Euler, integrate
@@ -47,10 +46,9 @@ def asked(errors: dict[int, Tensor], promising: Tensor, new: Tensor) -> list[tup
     limits = {nfe: tolerance_limit(each[promising], 0.9) for nfe, each in errors.items()}
     found = []
     for rtol in RTOLS:
-        kept = list(takewhile(lambda nfe: limits[nfe] <= rtol, reversed(limits)))  # noqa: B023
-        nfe = min(kept, default=len(GRID) - 1)
-        each = errors[nfe][new] if kept else torch.zeros(1)
-        found.append((float(each.median()) / rtol, nfe, float((each <= rtol).double().mean())))
+        nfe = shortest(limits, rtol)
+        each = errors[nfe][new] if nfe else torch.zeros(1)
+        found.append((float(each.median()) / rtol, nfe or len(GRID) - 1, float((each <= rtol).double().mean())))
     return found
 
 

@@ -11,7 +11,6 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from operator import ge, le
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
-from sencache.conformal import quantile, tolerance_limit
+from sencache.conformal import quantile, shortest, tolerance_limit
 
 FORMAT = "sencache profile 1"
 OPTIONAL = ("samples_x", "samples_t", "gram", "size", "end", "budgets", "expected", "factors", "ratios", "amplified")
@@ -125,20 +124,14 @@ class SensitivityProfile:
         return tolerance_limit(known[nfe], share) if nfe in known else math.inf
 
     def shortest(self, rtol: float) -> int | None:
-        """The evaluations of the shortest rehearsed plan that keeps `rtol`; None if none is known to.
-
-        Plans are tested from the longest down, up to the first that fails, so that what is promised holds of the one
-        that is chosen, in nine of ten rehearsals, however many there were to choose from ("fixed-sequence testing",
-        Angelopoulos et al. 2021, arXiv 2110.01052).
-        """
+        """The evaluations of the shortest rehearsed plan that keeps `rtol`, as longer ones do; None if none does."""
         self.factor(1)  # raises where nothing was rehearsed
         if self.expected is None:
             raise ValueError(
                 "This profile was rehearsed by an earlier version, which `rtol` cannot read: rehearse again."
             )
-        sizes = dict(zip(self._budgets(), self.expected.tolist(), strict=True))
-        kept = takewhile(lambda n: self.promise(n, sizes[n]) <= rtol, reversed(self._budgets()))
-        return min(kept, default=None)
+        sizes = zip(self._budgets(), self.expected.tolist(), strict=True)
+        return shortest({n: self.promise(n, size) for n, size in sizes}, rtol)
 
     def promise(self, nfe: int, expected: float) -> float:
         """The relative error that 90 % of samples keep under the plan of `nfe` evaluations that expects `expected`."""
