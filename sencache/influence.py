@@ -16,13 +16,15 @@ from torch import Tensor
 from sencache.linear import check_linear
 from solvers import Stepper, VelocityField
 
+NOTHING = 1e-9  # of what was 1, but for rounding
+
 
 class Response(NamedTuple):
     """A stepper's on one grid, of T query times. Several queries at one time count as one output."""
 
     times: Tensor  # (T,) float64
     gain: Tensor  # (T,) dx_K / dv_j, how the final state weighs the output at each time
-    states: Tensor  # (T, T) dx_K / dx_k dx_k / dv_j, how the state weighs it, in the end's units, that k is asked at
+    states: Tensor  # (T, T) how the state that query k is asked in weighs it, in units of the end
     counts: Tensor  # (T,) int64, how many queries there are at each time
 
     @property
@@ -32,7 +34,7 @@ class Response(NamedTuple):
 
 
 def response(stepper: Stepper, ts: Tensor) -> Response:
-    """What a stepper makes of outputs on ts (K + 1,). Raises ValueError for one that is not linear."""
+    """What a stepper makes of outputs on ts (K + 1,), run on unit vectors. Raises ValueError if it is not linear."""
     check_linear(stepper, ts)
     linear, ts, asked = getattr(stepper, "linear", stepper), ts.double().cpu(), _asked(stepper, ts)
     times = list(dict.fromkeys(asked))
@@ -47,15 +49,16 @@ def response(stepper: Stepper, ts: Tensor) -> Response:
     end = _linear_end(linear, answer, ts, start)[0]
     states, gain = torch.stack([first[t] for t in times]), end[:-1]
     counts = ts.new_tensor([asked.count(t) for t in times]).long()
-    return Response(ts.new_tensor(times), gain, in_the_end(states[:, :-1], states[:, -1], end[-1], gain), counts)
+    return Response(ts.new_tensor(times), gain, _in_the_end(states[:, :-1], states[:, -1], end[-1], gain), counts)
 
 
-def in_the_end(states: Tensor, still: Tensor, end: Tensor, gain: Tensor) -> Tensor:
-    """How states (T, T) weigh outputs, in units of the final state; `still` (T,) and `end` () is what 1 has become.
+def _in_the_end(states: Tensor, still: Tensor, end: Tensor, gain: Tensor) -> Tensor:
+    """How states (T, T) weigh outputs, in units of the end.
 
-    Where nothing is left of that, as if the states weighed outputs as the end does.
+    still, end: how far each state (T,), and the final one, is moved by a change of 1 in the first one. Where that is
+    nothing, states are taken to weigh outputs as the end does.
     """
-    lost = (still == 0) | (end == 0)
+    lost = (still.abs() < NOTHING) | (end.abs() < NOTHING)
     return torch.where(lost[:, None], gain.expand_as(states).tril(-1), states * (end / still)[:, None])
 
 
@@ -69,8 +72,8 @@ def influence(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
 
 def charges(stepper: Stepper, ts: Tensor) -> tuple[Tensor, Tensor]:
     """The query times (T,) and what each query there is charged, (T,): `influence`, shared by those at one time."""
-    found = response(stepper, ts)
-    return found.times, found.gain / found.counts
+    times, gain, _, counts = response(stepper, ts)
+    return times, gain / counts
 
 
 def _asked(stepper: Stepper, ts: Tensor) -> list[float]:

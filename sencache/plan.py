@@ -29,7 +29,7 @@ from sencache.amplification import carried
 from sencache.batch import Array
 from sencache.discretisation import discretisation
 from sencache.expected import Errors
-from sencache.influence import Response, influence, response
+from sencache.influence import influence, response
 from sencache.memory import Regime, one_network
 from sencache.profile import SensitivityProfile
 from sencache.reuse import VARIABLES
@@ -169,7 +169,9 @@ def plan_for(
     answers = regime(times)
     part = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), (answers[1:] != answers[:-1]).cumsum(0)])
     heard = 0.0 if hasattr(stepper, "noise") else HEARD
-    plan = best_plan(profile, found, part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard)
+    states = found.states if found.mixed else None
+    how = part, sampler_name(stepper, ts), reuse, correct, nfe, rtol, heard, states
+    plan = best_plan(profile, times, found.gain, *how)
     if (found.counts > 1).any():  # one output answers for several, and nobody knows what that does
         plan = replace(plan, relative_error=torch.nan)
     if part.any():
@@ -201,7 +203,8 @@ def _felt(profile: SensitivityProfile, alpha: Tensor, times: Tensor) -> Array:
 
 def best_plan(
     profile: SensitivityProfile,
-    found: Response,
+    times: Tensor,
+    gain: Tensor,
     part: Tensor,
     sampler: str,
     reuse: str,
@@ -209,9 +212,12 @@ def best_plan(
     nfe: int | None,
     rtol: float | None,
     heard: float = HEARD,
+    states: Tensor | None = None,
 ) -> Plan:
-    """`plan_for` a sampler known by what it makes of outputs, the network that answers each, (T,), and its name."""
-    times = found.times
+    """`plan_for` a sampler known by its query times, dx_K / dv_j, the network that answers, each (T,), and its name.
+
+    states: (T, T) how those on the way weigh outputs, `Response.states`, if otherwise than the end.
+    """
     logarithm = "log t" if profile.direction < 0 else "log(1 - t)"
     networks = int(part[-1]) + 1
     if nfe is not None and nfe < networks:
@@ -221,8 +227,8 @@ def best_plan(
     alpha_x, *samples_x = (_felt(profile, alpha, times) for alpha in (profile.alpha_x, *each))
     rehearsed = profile.facts.get("rehearsed")
     amplified = profile.amplified if rehearsed == sampler else None
-    known = {"gain": found.gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
-    known |= {"states": found.states.numpy()} if found.mixed else {}
+    known = {"gain": gain.numpy(), "gram": gram.numpy(), "part": part.numpy()}
+    known |= {} if states is None else {"states": states.numpy()}
     known |= {"alpha_x": alpha_x, "samples_x": np.stack(samples_x), "carried": carried(amplified)}
     assumed = "assumed" in profile.facts
     polishes = heard > 0 and reuse != "hold" and not assumed  # it is known how errors cancel
@@ -242,7 +248,8 @@ def best_plan(
         ways.append((errors, errors.polished(nodes) if polishes else nodes))
     ranks = [errors.rank(nodes) for errors, nodes in ways]
     if all(grows for grows, *_ in ranks) and amplified is not None:  # weights can lead there
-        return best_plan(replace(profile, amplified=None), found, part, sampler, reuse, correct, nfe, rtol, heard)
+        how = part, sampler, reuse, correct, nfe, rtol, heard, states
+        return best_plan(replace(profile, amplified=None), times, gain, *how)
     if all(grows for grows, *_ in ranks):
         held = Errors(replace(in_t, reuse="hold", correct=False))  # it bears the longest gaps
         ways.append((held, schedules(held.problem, n)[-1]))

@@ -84,7 +84,7 @@ class Problem:
     def residuals(self, before: Array, ref: Array, end: Array) -> tuple[Array, Array]:
         """The weights (n, T) of the outputs in what gaps ref -> end leave in the final state; `before` ended at ref.
 
-        And in what the state at `end` owes until then: what they would leave there if nothing were repaid.
+        And in what the state at `end` owes just before it is repaid, as that one weighs outputs, in units of the end.
         Indices (n,) of query times: before = -1 where nothing was evaluated earlier, end = T where nothing will be.
         """
         size, s = len(self.times), VARIABLES[self.variable](self.times)
@@ -196,7 +196,7 @@ class Debts:
         self.a_a = within - self.total * (with_ref + self.a_ref)
 
     def of(self, before: int, refs: slice, ends: slice, phi: Array) -> Array:
-        """Of gaps after one that began at `before`, whose reuses are continued by `phi` (ref, j); -1 where none did."""
+        """Of gaps after one that began at `before`, whose reuses are continued by `phi` (ref, j); -1 for the first."""
         line = self.mean[refs, before, None]
         used, with_before = (self._summed(self.later[refs] * terms)[:, ends] for terms in (phi, self.mean[before]))
         a_line = self.a_ref[refs, ends] - with_before + self.total[refs, ends] * line  # <A, f_ref - f_before>

@@ -20,7 +20,7 @@ from sencache.profile import SensitivityProfile
 from sencache.rehearse import usual_budgets
 
 ROWS = 9  # times at which sensitivities are printed
-HIDDEN = ("gain", "states", "inputs", "rehearsed", "rehearsed_ts")  # facts that are for programs
+HIDDEN = ("gain", "inputs", "rehearsed", "rehearsed_ts")  # facts that are for programs
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def unplannable(profile: SensitivityProfile) -> str:
     """Why no plan can be made of this file, or nothing."""
     if profile.gram is None:
         return "No plans: this profile has no Gram matrix. With it use `tolerance=`, or calibrate anew."
-    if profile.end is None and "states" not in profile.facts:
+    if profile.end is None and "gain" not in profile.facts:
         return "No plans: this profile does not know how its sampler weighed the outputs. Calibrate anew."
     return ""
 

@@ -176,7 +176,7 @@ class Handle:
         plan, full = None, options.nfe is not None and options.nfe >= len(sampler.times)
         if planned and profile is not None and not full:
             if (model, name, options) not in self._plans:
-                self._plans[model, name, options] = plan_of(profile, sampler.response, name, options)
+                self._plans[model, name, options] = plan_of(profile, sampler, name, options)
             plan = self._plans[model, name, options]
             self.report.expected, self.report.promised = plan.relative_error, plan.promised
         self.known = Known(name, model, sampler, profile, plan, planned and profile is None and not full)
@@ -188,9 +188,7 @@ class Handle:
             return
         known, measured = self._trajectory.known, self._trajectory.measured
         if known is not None and known.measures and known.sampler is not None and self._trajectory.over:
-            how = known.sampler.response
-            facts: dict[str, Any] = {"fingerprint": known.model, "sampler": known.name}
-            facts |= {"gain": how.gain.tolist(), "states": how.states.tolist()}
+            facts = {"fingerprint": known.model, "sampler": known.name, "gain": known.sampler.gain.tolist()}
             profile = measured.profile(known.sampler, facts)
             if profile.gram is not None and profile.gram.isfinite().all():
                 self.store.keep(known.model, known.name, profile)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from sencache.influence import Response
 from sencache.plan import Plan, best_plan
 from sencache.plugins.diffusers.decide import Options
+from sencache.plugins.diffusers.sampler import Sampler
 from sencache.profile import SensitivityProfile
 
 
@@ -18,22 +18,16 @@ def plan_on_file(profile: SensitivityProfile, nfe: int) -> Plan:
     Raises ValueError for a profile that does not know how its scheduler weighed the outputs.
     """
     gain = profile.facts.get("gain")
-    if gain is None or "states" not in profile.facts:
+    if gain is None:
         raise ValueError("This profile does not know its scheduler's weights, without which nothing can be planned.")
-    weights = torch.tensor(gain, dtype=torch.float64, device="cpu")
-    states = torch.tensor(profile.facts["states"], dtype=torch.float64, device="cpu")
-    known = Response(profile.t, weights, states, torch.ones_like(weights).long())
-    return plan_of(profile, known, profile.facts["sampler"], Options(nfe=nfe))
-
-
-def rehearsed_as(name: str, found: Response) -> str:
-    """What a rehearsal on the sampler of this name was of: plans of solvers with a history were others before."""
-    return f"{name}, weighed on the way" if found.mixed else name
+    weights = {("", 0): torch.tensor(gain, dtype=torch.float64, device="cpu")}
+    sampler = Sampler(profile.t, torch.arange(len(profile.t), device="cpu"), (weights,))
+    return plan_of(profile, sampler, profile.facts["sampler"], Options(nfe=nfe))
 
 
 def plan_of(
     profile: SensitivityProfile,
-    found: Response,
+    sampler: Sampler,
     name: str,
     options: Options,
 ) -> Plan:
@@ -42,7 +36,7 @@ def plan_of(
     Raises ValueError where the profile does not cover the grid or was not rehearsed for an `rtol`, and where `nfe` is
     less than one evaluation a model.
     """
-    times, nfe = found.times, options.nfe
+    times, nfe = sampler.times, options.nfe
     if not profile.covers(times).all():
         raise ValueError(
             f"The profile was measured for t in [{profile.t.min():g}, {profile.t.max():g}], and this run goes from "
@@ -56,5 +50,5 @@ def plan_of(
     ]
     part = torch.stack([times * 0, *(late.double() for late in passed if not late[0])]).sum(0).long()
     how = options.reuse, options.correct, nfe, options.rtol
-    plan = best_plan(profile, found, part, rehearsed_as(name, found), *how)
+    plan = best_plan(profile, times, sampler.gain, part, name, *how)
     return replace(plan, difference=plan.difference * torch.nan)  # of guided outputs, and each call is of one branch

@@ -14,14 +14,12 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sencache.influence import Response, in_the_end
 from sencache.trees import replace, tensors
 
 Slot = tuple[str, int]  # where a scheduler keeps a state: ("", i) in what `step` returns, (attribute, i) in itself
@@ -35,21 +33,11 @@ class Sampler:
     times: Tensor  # (T,) float64, the distinct times at which outputs are asked for, in order
     which: Tensor  # (N,) int64, the time of each call
     weights: tuple[Mapping[Slot, Tensor], ...]  # after each call, (N,) of every output in every state that is kept
-    still: Tensor  # (N,) what a first state of 1 has become after each call, in itself
 
-    @cached_property
-    def response(self) -> Response:
-        """What it makes of the output at each time, in the end and on the way."""
-        calls = [self.which.tolist().index(k) for k in range(len(self.times))]  # the first at each time
-        states = [self._by_time(self.weights[call - 1]) if call else torch.zeros_like(self.times) for call in calls]
-        still = torch.cat([torch.ones_like(self.still[:1]), self.still])[calls]
-        gain = self._by_time(self.weights[-1])
-        carried = in_the_end(torch.stack(states), still, self.still[-1], gain)
-        return Response(self.times, gain, carried, self.which.bincount())
-
-    def _by_time(self, weights: Mapping[Slot, Tensor]) -> Tensor:
-        """Of every output in the state that a step returned, (T,), from those of every call."""
-        return torch.zeros_like(self.times).index_add(0, self.which, weights["", 0])
+    @property
+    def gain(self) -> Tensor:
+        """How the final state weighs the output at each time, (T,)."""
+        return torch.zeros_like(self.times).index_add(0, self.which, self.weights[-1]["", 0])
 
 
 def clock(scheduler: Any) -> Tensor:
@@ -143,7 +131,6 @@ def probe(scheduler: Any, given: Mapping[str, Any], start: int) -> Sampler:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever there is to say, the scheduler says when it is run itself
             with_outputs, without = (_run(scheduler, given, start, some) for some in (outputs, 0 * outputs))
-            from_one = _run(scheduler, given, start, 0 * outputs, 1.0)
     finally:
         torch.set_rng_state(state)
     weights = []
@@ -159,15 +146,11 @@ def probe(scheduler: Any, given: Mapping[str, Any], start: int) -> Sampler:
         weights.append({slot: row[:-1] for slot, row in rows.items()})
     distinct = list(dict.fromkeys(times.tolist()))
     which = torch.tensor([distinct.index(t) for t in times.tolist()], device="cpu")
-    still = [(one["", 0] - noise["", 0])[0, 0] for one, noise in zip(from_one, without, strict=True)]
-    known = torch.tensor(distinct, dtype=torch.float64, device="cpu"), which, tuple(weights), torch.stack(still)
-    return Sampler(*known)
+    return Sampler(torch.tensor(distinct, dtype=torch.float64, device="cpu"), which, tuple(weights))
 
 
-def _run(
-    scheduler: Any, given: Mapping[str, Any], start: int, outputs: Tensor, x_0: float = 0.0
-) -> list[dict[Slot, Tensor]]:
-    """Every state (1, C) that a copy of the scheduler keeps after each step, from x_0 on, given outputs (N, C)."""
+def _run(scheduler: Any, given: Mapping[str, Any], start: int, outputs: Tensor) -> list[dict[Slot, Tensor]]:
+    """Every state that a copy of the scheduler keeps after each step, given the rows of outputs (N, C): (1, C)."""
     plain = copy.deepcopy(scheduler)
     for name, value in list(vars(plain).items()):
         if isinstance(value, Tensor):
@@ -178,7 +161,7 @@ def _run(
     if "generator" in inspect.signature(plain.step).parameters:
         fixed["generator"] = torch.Generator().manual_seed(0)
     torch.default_generator.manual_seed(0)
-    x, result, found = torch.full_like(outputs[:1], x_0), (None, None), []
+    x, result, found = torch.zeros_like(outputs[:1]), (None, None), []
     for k, output in enumerate(outputs, start):
         own = {**given, **fixed, "model_output": output[None], "timestep": plain.timesteps[k], "sample": x}
         if "old_pred_original_sample" in own:  # what CogVideoX's DPM hands from one step to the next
