@@ -42,6 +42,7 @@ class Setting(NamedTuple):
     steps: int = 50
     stepper: Stepper = Euler()
     path: Path = Linear()
+    together: bool = False  # whether samples that go by their own differences decide together
 
 
 class Half:
@@ -55,6 +56,16 @@ class Half:
 
     def select(self, rows: Tensor) -> Half:
         return Half(self.field.select(rows))
+
+
+class Whole:
+    """A field that is only ever evaluated for all of its samples."""
+
+    def __init__(self, field: Any):
+        self.field = field
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.field(x, t)
 
 
 def sit(name: str, grid: Grid = UNIFORM, steps: int = 50, stepper: Stepper = Euler(), guidance: float = 2.0) -> Setting:  # noqa: B008
@@ -80,6 +91,8 @@ def settings() -> Iterator[Setting]:
     for steps in (25, 100):
         yield sit(f"{steps} steps", steps=steps)
     yield Setting("SiT, bfloat16 states", lambda n: Half(sit_field(n)), lambda n, p: noise(n, p).bfloat16(), UNIFORM)
+    whole = Setting("SiT, without `select`", lambda n: Whole(sit_field(n)), noise, UNIFORM)
+    yield from (whole, whole._replace(name="SiT, without it, together", together=True))
     for stepper in (Heun(), DPMSolverPP(Linear()), UniPC(Linear())):
         yield sit(type(stepper).__name__, stepper=stepper, steps=25 if isinstance(stepper, Heun) else 50)
     yield gmm("linear path", Linear(), UNIFORM)
@@ -94,7 +107,7 @@ def tolerance_for(setting: Setting, nfe: int, samples: int = 8) -> float:
     low, high = -9.0, 3.0  # of its logarithm
     for _ in range(9):
         middle = (low + high) / 2
-        cached = CachedField(field, tolerance=math.exp(middle))
+        cached = CachedField(field, tolerance=math.exp(middle), together=setting.together)
         cached.integrate(x, ts, setting.stepper)
         low, high = (middle, high) if cached.report.evaluations.double().mean() > nfe else (low, middle)
     return math.exp((low + high) / 2)
@@ -110,7 +123,7 @@ def measure(setting: Setting, images: int) -> Iterator[dict[str, Any]]:
         nfe = stages * setting.steps // share
         ours = psnr(CachedField(field, profile, nfe=nfe).integrate(x, ts, stepper), full)
         without = psnr(CachedField(field, assumed(setting.path, ts), nfe=nfe).integrate(x, ts, stepper), full)
-        own = CachedField(field, tolerance=tolerance_for(setting, nfe))
+        own = CachedField(field, tolerance=tolerance_for(setting, nfe), together=setting.together)
         differences = psnr(own.integrate(x, ts, stepper), full)
         fewer = psnr(integrate(field, x, setting.grid(nfe // stages), stepper), full)
         yield {

@@ -41,7 +41,7 @@ class CachedField:
     """A velocity field that pays for a fraction of its evaluations.
 
     field: v = field(x, t, ...). If it has `select(rows)`, which returns the field of those samples alone, only samples
-        that need it are evaluated; otherwise one sample's need computes the whole batch.
+        that need it are evaluated; otherwise one sample's need computes the whole batch (see `together`).
     profile: what `calibrate` measured on this field, or what is `assumed` of it, good for `nfe` alone. Without one,
         `tolerance` goes by the field's own outputs.
     criterion: another judge in place of the profile, such as those of `sencache.baselines`, or one of your own: a
@@ -72,6 +72,9 @@ class CachedField:
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
         "hold": ``CachedField(field, profile, tolerance=0.1, max_reuses=3, reuse="hold")`` is the paper to the letter.
         It takes effect in `integrate`; where only calls are seen, give `run` the grid.
+    together: whether samples decide together: as soon as one of them needs an evaluation, all take it. For a field
+        without `select`, which computes the whole batch for one sample's need: what is computed is then used, and a
+        sample depends on its company, which it does not otherwise. Under a plan it makes no difference.
     norm: (B, ...) -> (B,), by default RMS; `partial(rms, mask=...)` leaves elements out.
     key: tells conditionings apart: a function of the call's further (args, kwargs) that returns something comparable.
         By default a tensor is the same conditioning as long as it is the same object, not written to.
@@ -91,6 +94,7 @@ class CachedField:
         reuse: str = "linear",
         payload: str = "output",
         correct: bool | None = None,
+        together: bool = False,
         norm: Norm = rms,
         key: Key | None = None,
     ):
@@ -113,7 +117,7 @@ class CachedField:
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
         self.unit = unit or ("sample" if profile is None and criterion is None else "output")
-        self.correct = reuse != "hold" if correct is None else correct
+        self.correct, self.together = reuse != "hold" if correct is None else correct, together
         self._plans: dict[Sampler, tuple[Stepper | None, Plan]] = {}  # who is kept shares an address with no other
         self._scripts: dict[Sampler, tuple[Any, ...]] = {}  # of whom, not kept alive; of which plan, repaid or not
         self._thread = threading.local()  # every thread has its own current run
@@ -241,7 +245,8 @@ class CachedField:
         if self.unit == "sample" and self.tolerance is not None:
             gains = Gains() if ts is None else Gains(*charges(stepper, ts))
         phi = REUSES[self._plan(ts, stepper).reuse if self._planned() else self.reuse]
-        return Rule(criterion, everywhere, n, phi, VARIABLES[variable], self.norm, self.payload, gains)
+        how = VARIABLES[variable], self.norm, self.payload, gains, self.together
+        return Rule(criterion, everywhere, n, phi, *how)
 
     def _criterion(self, ts: Tensor | None, stepper: Stepper) -> tuple[Criterion, float, str]:
         """Who decides, how many reuses in a row it is allowed, and the variable in which outputs are continued."""

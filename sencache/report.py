@@ -66,7 +66,7 @@ class Report:
 
     @property
     def unused(self) -> Tensor:
-        """Rows computed only because a fused batch cannot be split; a field with `select(rows)` avoids them."""
+        """Rows computed only because a fused batch cannot be split; `select(rows)` of the field avoids them."""
         return self._count(lambda query: (query.reused | query.duplicate) & query.computed)
 
     @property
@@ -107,7 +107,8 @@ class Report:
                 "more steps, calibrated on them: under a cache they are free."
             )
         if self.unused.any():
-            lines.append(f"{int(self.unused.sum())} rows were computed and not used: give the field a `select(rows)`.")
+            hint = "give the field a `select(rows)`, or let samples decide `together=True`"
+            lines.append(f"{int(self.unused.sum())} rows were computed and not used: {hint}.")
         if self.bypasses:
             lines.append(f"{self.bypasses} calls went straight to the field because gradients were being recorded.")
         return "\n".join(lines)

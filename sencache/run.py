@@ -71,6 +71,7 @@ class Rule:
     payload: str = "output"  # what is continued, or "blocks": what the block stack added, under a fresh head; or
     #                          "difference": of output and state, added to the state
     gains: Gains | None = None  # with them epsilon bounds what reuses since the last evaluation did to the sample
+    together: bool = False  # whether all samples are evaluated as soon as one of them needs it
 
     @cached_property
     def watcher(self) -> Watching | None:
@@ -119,6 +120,8 @@ class Run:
         known, same, begun = seen.known.numpy(), seen.same.numpy(), seen.anew.numpy()
         anew = begun | seen.other.numpy()  # nothing known is of any use
         reused = small & (branch.reuses < rule.max_reuses) & known & ~anew & ~same  # Alg. 1: S <= eps and m < n
+        if rule.together and not (reused | same).all():
+            reused[:] = False
         needed = computed = ~(reused | same)
         every = needed.all()
 

@@ -352,6 +352,38 @@ def test_rows_that_a_fused_batch_computes_in_vain_are_counted_as_paid():
     assert "give the field a `select(rows)`" in str(field.report)
 
 
+def test_samples_that_decide_together_use_all_that_is_computed():
+    """What one of them needs, all of them have, and a sample alone decides as it always does."""
+    apart, together = (cached(profile=profile(1.0, 0.0), tolerance=0.5, together=each) for each in (False, True))
+    moved = [X, X + torch.tensor([[0.1], [0.9], [0.1]]), X + torch.tensor([[0.2], [1.0], [0.2]])]
+    for x, t in zip(moved, (1.0, 0.9, 0.8), strict=True):
+        answers = apart(x, t), together(x, t)
+        if t == 0.9:
+            assert torch.equal(answers[1], -x)
+            assert torch.equal(answers[0][1], -x[1])
+            assert not torch.equal(answers[0], answers[1])
+    assert [query.reused.tolist() for query in together.report.trace] == [[False] * 3] * 2 + [[True] * 3]
+    assert together.report.evaluations.tolist() == [2, 2, 2]
+    assert not together.report.unused.any()
+    alone = [cached(profile=profile(1.0, 0.0), tolerance=0.5, together=each) for each in (False, True)]
+    assert torch.equal(*(each.integrate(X[:1], TS) for each in alone))
+    assert torch.equal(alone[0].report.evaluations, alone[1].report.evaluations)
+
+
+def test_samples_that_decide_together_come_nearer_for_as_much():
+    """On samples of different speeds, of a field that computes all of them for one."""
+    rate = torch.linspace(0.5, 4, 24)[:, None]
+    field = lambda x, t: rate * x.sin()  # noqa: E731
+    x, ts = torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), grids.uniform(40)
+    full, spent, off = integrate(field, x, ts), [], []
+    for together, tolerance in ((False, 0.02), (True, 0.02)):
+        one = CachedField(field, tolerance=tolerance, together=together)
+        off.append(rms(one.integrate(x, ts) - full).median())
+        spent.append(int(one.report.evaluations.max()))
+    assert spent[1] <= spent[0] < 40
+    assert off[1] < off[0]
+
+
 def test_a_report_says_what_happened_in_words():
     field = cached()
     assert str(field.report) == "no queries yet"
