@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path as File
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.fields.gmm import GaussianMixture
 from benchmarks.metrics import psnr
 from benchmarks.shipped import DEVICE, FIELDS, SEEDS, noise, sit_field
+from benchmarks.spending import tolerance_that_spends
 from sencache import CachedField, assumed, calibrate
 from solvers import VP, DPMSolverPP, Euler, Heun, Linear, Path, Stepper, UniPC, grids, integrate
 
@@ -104,13 +104,13 @@ def settings() -> Iterator[Setting]:
 def tolerance_for(setting: Setting, nfe: int, samples: int = 8) -> float:
     """The tolerance under which own differences spend `nfe` evaluations, the mean of samples of the choosing seeds."""
     field, x, ts = setting.field(samples), setting.start(samples, "choosing"), setting.grid(setting.steps)
-    low, high = -9.0, 3.0  # of its logarithm
-    for _ in range(9):
-        middle = (low + high) / 2
-        cached = CachedField(field, tolerance=math.exp(middle), together=setting.together)
+
+    def spent(tolerance: float) -> float:
+        cached = CachedField(field, tolerance=tolerance, together=setting.together)
         cached.integrate(x, ts, setting.stepper)
-        low, high = (middle, high) if cached.report.evaluations.double().mean() > nfe else (low, middle)
-    return math.exp((low + high) / 2)
+        return float(cached.report.evaluations.double().mean())
+
+    return tolerance_that_spends(nfe, spent, low=-9.0)
 
 
 def measure(setting: Setting, images: int) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.metrics import psnr
 from benchmarks.shipped import GRID, STEPS, noise, sit_field, sit_profile
+from benchmarks.spending import tolerance_that_spends
 from sencache import CachedField, assumed, calibrate
 from solvers import DPMSolverPP, Euler, Linear, Stepper, TorchDiffEq, UniPC, grids, integrate
 
@@ -78,13 +79,13 @@ class Bench:
 def tolerance_for(nfe: int, options: dict[str, Any], samples: int = 16) -> float:
     """The tolerance under which `nfe` evaluations are spent on average over samples of the choosing seeds."""
     field, x = sit_field(samples), noise(samples, "choosing")
-    low, high = -7.0, 3.0  # of its logarithm
-    for _ in range(9):
-        middle = (low + high) / 2
-        cached = CachedField(field, **options, tolerance=math.exp(middle))
+
+    def spent(tolerance: float) -> float:
+        cached = CachedField(field, **options, tolerance=tolerance)
         cached.integrate(x, GRID)
-        low, high = (middle, high) if cached.report.evaluations.double().mean() > nfe else (low, middle)
-    return math.exp((low + high) / 2)
+        return float(cached.report.evaluations.double().mean())
+
+    return tolerance_that_spends(nfe, spent, low=-7.0)
 
 
 def rows_of(bench: Bench, nfe: int) -> list[Row]:

@@ -83,7 +83,8 @@ class Errors:
 
         That is dx/dt = -||J_x|| x (Dahlquist 1963) for each sample's ||J_x||, run by Euler's method as the schedule
         `nodes` (N,) would run it, and off by 1 at each of its evaluations in turn but the last, after which nothing
-        goes on; beside what becomes of that in a run without reuses. Of a solver with a history the debts are its own.
+        goes on; beside what becomes of that in a run without reuses. What a state owes is weighed as that state does,
+        and all else as the end does.
         """
         problem, gaps = self.problem, self._gaps(nodes[None])
         decay = -problem.rates * np.sign(problem.gain.sum())  # (S, T)

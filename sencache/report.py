@@ -107,7 +107,7 @@ class Report:
                 "more steps, calibrated on them: under a cache they are free."
             )
         if self.unused.any():
-            hint = "give the field a `select(rows)`, or let samples decide `together=True`"
+            hint = "give the field a `select(rows)`, or the cache `together=True`"
             lines.append(f"{int(self.unused.sum())} rows were computed and not used: {hint}.")
         if self.bypasses:
             lines.append(f"{self.bypasses} calls went straight to the field because gradients were being recorded.")
