@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     steps: int = 50
     stepper: Stepper = Euler()
     path: Path = Linear()
-    together: bool = False  # whether samples that go by their own differences decide together
+    together: bool | None = None  # whether samples that go by their own differences decide together
 
 
 class Half:
@@ -92,7 +92,7 @@ def settings() -> Iterator[Setting]:
         yield sit(f"{steps} steps", steps=steps)
     yield Setting("SiT, bfloat16 states", lambda n: Half(sit_field(n)), lambda n, p: noise(n, p).bfloat16(), UNIFORM)
     whole = Setting("SiT, without `select`", lambda n: Whole(sit_field(n)), noise, UNIFORM)
-    yield from (whole, whole._replace(name="SiT, without it, together", together=True))
+    yield from (whole, whole._replace(name="SiT, without it, apart", together=False))
     for stepper in (Heun(), DPMSolverPP(Linear()), UniPC(Linear())):
         yield sit(type(stepper).__name__, stepper=stepper, steps=25 if isinstance(stepper, Heun) else 50)
     yield gmm("linear path", Linear(), UNIFORM)

@@ -72,9 +72,10 @@ class CachedField:
     correct: whether an evaluation repays what the reuses before it owed. The default is to do so unless `reuse` is
         "hold": ``CachedField(field, profile, tolerance=0.1, max_reuses=3, reuse="hold")`` is the paper to the letter.
         It takes effect in `integrate`; where only calls are seen, give `run` the grid.
-    together: whether samples decide together: as soon as one of them needs an evaluation, all take it. For a field
-        without `select`, which computes the whole batch for one sample's need: what is computed is then used, and a
-        sample depends on its company, which it does not otherwise. Under a plan it makes no difference.
+    together: whether samples decide together: as soon as one of them needs an evaluation, all take it, and a sample
+        depends on its company, which it does not otherwise. The default is to do so where nothing was calibrated and
+        the field has no `select`: then one sample's need computes all of them, and what is computed is used. The
+        paper's rule is each sample's own, and under a plan it makes no difference.
     norm: (B, ...) -> (B,), by default RMS; `partial(rms, mask=...)` leaves elements out.
     key: tells conditionings apart: a function of the call's further (args, kwargs) that returns something comparable.
         By default a tensor is the same conditioning as long as it is the same object, not written to.
@@ -94,7 +95,7 @@ class CachedField:
         reuse: str = "linear",
         payload: str = "output",
         correct: bool | None = None,
-        together: bool = False,
+        together: bool | None = None,
         norm: Norm = rms,
         key: Key | None = None,
     ):
@@ -116,8 +117,10 @@ class CachedField:
         self.field, self.profile, self.criterion, self.norm, self.key = field, profile, criterion, norm, key
         self.nfe, self.rtol, self.tolerance = nfe if nfe is None else int(nfe), rtol, tolerance
         self.max_reuses, self.reuse, self.payload = max_reuses, reuse, payload
-        self.unit = unit or ("sample" if profile is None and criterion is None else "output")
-        self.correct, self.together = reuse != "hold" if correct is None else correct, together
+        own_outputs = profile is None and criterion is None
+        self.unit = unit or ("sample" if own_outputs else "output")
+        self.correct = reuse != "hold" if correct is None else correct
+        self.together = own_outputs and not hasattr(field, "select") if together is None else together
         self._plans: dict[Sampler, tuple[Stepper | None, Plan]] = {}  # who is kept shares an address with no other
         self._scripts: dict[Sampler, tuple[Any, ...]] = {}  # of whom, not kept alive; of which plan, repaid or not
         self._thread = threading.local()  # every thread has its own current run

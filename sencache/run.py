@@ -1,7 +1,7 @@
 """SenCache, Algorithm 1 (arXiv 2602.24208): reuse a field's output while its predicted change stays small.
 
 A `Run` is one trajectory under a `Rule`. For every conditioning it remembers each sample's last evaluation, and it is
-itself a velocity field. Every sample decides for itself.
+itself a velocity field. Every sample decides for itself, or all of them together.
 
 Shapes: x (B, ...); t float, (), (B,) or (B, T) with T tokens; what a decision is made of, (B,): NumPy's here, and
 tensors on the host for who is asked.

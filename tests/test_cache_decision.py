@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sencache import CachedField, SensitivityProfile, rms
+from sencache.criteria import Sensitivities
 from solvers import Linear, TorchDiffEq, grids, integrate
 from solvers.ode import ADAPTIVE
 from tests.flows import GaussianFlow, Nonlinear, linear_flow
@@ -21,6 +22,14 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.fl
 
 def profile(alpha_x=1.0, alpha_t=1.0, ts=TS):
     return SensitivityProfile(ts, torch.full_like(ts, alpha_x), torch.full_like(ts, alpha_t))
+
+
+class Split:
+    def __call__(self, x, t):
+        return -x
+
+    def select(self, rows):
+        return self
 
 
 def decay(x, t):
@@ -370,18 +379,36 @@ def test_samples_that_decide_together_use_all_that_is_computed():
     assert torch.equal(alone[0].report.evaluations, alone[1].report.evaluations)
 
 
-def test_samples_that_decide_together_come_nearer_for_as_much():
-    """On samples of different speeds, of a field that computes all of them for one."""
+def test_what_cannot_be_split_decides_together_where_nothing_was_calibrated():
+    """The paper's rule is each sample's own, whatever the field, and what can be split never needs company."""
+    whole, split = (lambda x, t: -x), Split()
+    for field, given, default in ((whole, {}, True), (split, {}, False), (whole, {"profile": profile()}, False)):
+        assert CachedField(field, tolerance=0.1, **given).together is default
+        for told in (True, False):
+            assert CachedField(field, tolerance=0.1, together=told, **given).together is told
+    assert CachedField(whole, criterion=Sensitivities(profile()), tolerance=0.1).together is False
+
+
+@pytest.mark.parametrize("rough", [False, True])
+def test_going_by_own_differences_is_ahead_of_fewer_steps_where_a_field_cannot_be_split(rough):
+    """On samples of different speeds, of a field that computes all of them for one; apart they pay more for less."""
     rate = torch.linspace(0.5, 4, 24)[:, None]
-    field = lambda x, t: rate * x.sin()  # noqa: E731
+    field = lambda x, t: rate * x.sin() + (rough and (3 * rate * t).cos())  # noqa: E731
     x, ts = torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), grids.uniform(40)
-    full, spent, off = integrate(field, x, ts), [], []
-    for together, tolerance in ((False, 0.02), (True, 0.02)):
-        one = CachedField(field, tolerance=tolerance, together=together)
-        off.append(rms(one.integrate(x, ts) - full).median())
-        spent.append(int(one.report.evaluations.max()))
-    assert spent[1] <= spent[0] < 40
-    assert off[1] < off[0]
+    full = integrate(field, x, ts)
+
+    def off(end):
+        return rms(end - full).median()
+
+    for tolerance in (0.1, 0.05, 0.01):
+        default = CachedField(field, tolerance=tolerance)
+        near, spent = off(default.integrate(x, ts)), int(default.report.evaluations.max())
+        assert spent < 25
+        assert not default.report.unused.any()
+        assert near < off(integrate(field, x, grids.uniform(spent))) / 2
+        apart = CachedField(field, tolerance=tolerance, together=False)
+        assert off(apart.integrate(x, ts)) > near
+        assert apart.report.evaluations.max() >= spent
 
 
 def test_a_report_says_what_happened_in_words():

@@ -212,7 +212,7 @@ def test_samples_that_go_by_their_own_outputs_are_repaid_too(split, order):
     if split:
         Field.select = lambda self, rows: Field(self.speed[rows])
     ts, answers = to_data(Linear(), 30), []
-    stepper, cached = DPMSolverPP(Linear(), order), CachedField(Field(speed), tolerance=0.01)
+    stepper, cached = DPMSolverPP(Linear(), order), CachedField(Field(speed), tolerance=0.01, together=False)
     with cached._scope(ts, stepper) as run:
         run.ledger = notes = Notes()
 

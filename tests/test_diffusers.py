@@ -255,18 +255,25 @@ def test_nothing_is_continued_or_repaid_across_a_change_of_models():
     assert np.isinf(relay.costs()[:, 2, 5]).all()
 
 
-def test_samples_of_a_batch_decide_for_themselves():
+def test_samples_of_a_batch_decide_together_or_for_themselves():
     pipe = cogvideox()
     x = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     x[1] *= 3  # a sample that moves otherwise
     both = {"prompt_embeds": prompt(1, 2), "negative_prompt_embeds": prompt(2, 2)}
-    handle = sencache.enable(pipe, tolerance=0.02)
-    together, count = counted(pipe, lambda: run_cogvideox(pipe, 16, latents=x, **both))
-    assert (handle.report.evaluations == count).all()
-    for i in range(2):
-        own = {name: embeds[i : i + 1] for name, embeds in both.items()}
-        alone = run_cogvideox(pipe, 16, latents=x[i : i + 1], **own)
-        assert error(alone, together[i : i + 1]) < 1e-5
+    full, errors = run_cogvideox(pipe, 16, latents=x, **both), []
+    for together in (False, None):
+        handle = sencache.enable(pipe, tolerance=0.02, together=together)
+        ends, count = counted(pipe, lambda: run_cogvideox(pipe, 16, latents=x, **both))
+        assert (handle.report.evaluations == count).all()
+        assert handle.report.unused.any() == (together is False)
+        errors.append((count, error(ends, full)))
+        company = []
+        for i in range(2):
+            own = {name: embeds[i : i + 1] for name, embeds in both.items()}
+            alone = run_cogvideox(pipe, 16, latents=x[i : i + 1], **own)
+            company.append(error(alone, ends[i : i + 1]))
+        assert (max(company) < 1e-5) == (together is False)
+    assert errors[1] < errors[0]  # fewer calls, or as many and nearer
 
 
 def test_the_papers_rule_runs_in_a_pipeline():

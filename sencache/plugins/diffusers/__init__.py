@@ -30,6 +30,7 @@ def enable(
     payload: str = "output",
     norm: Norm = rms,
     key: Key | None = None,
+    together: bool | None = None,
     folder: str | Path | None = None,
 ) -> Handle:
     """Let a diffusers pipeline pay for a fraction of its transformer calls, from its next run on.
@@ -39,9 +40,11 @@ def enable(
     profile: what was measured. Without one, and without `tolerance`, the first run with a scheduler on a grid is a full
         one that measures itself; what it measured is kept in `folder` for all later runs and sessions.
     nfe: of how many times in a run the transformer is evaluated, once for each conditioning; by default half of them.
-    rtol, tolerance, max_reuses, reuse, correct, norm: as in `CachedField`; the unit of time is the training timestep.
+    rtol, tolerance, max_reuses, reuse, correct, norm, together: as in `CachedField`; the unit of time is the training
+        timestep.
         `rtol` needs `handle.rehearse(...)` first.
-        Under `tolerance` and without a profile the change of the state is that of the guided trajectory.
+        Under `tolerance` and without a profile the change of the state is that of the guided trajectory, and samples
+        of a batch decide together, because a transformer computes all of them for the need of one.
     payload: what is reused, as in `CachedField`: the "output" of the transformer, or by "blocks", of Wan, CogVideoX and
         LTX-Video, what its blocks add to the tokens. Of these nothing is repaid: `correct=False`, or `reuse="hold"`.
     key: what tells conditionings apart, a function of a transformer call's (args, kwargs). By default everything that
@@ -61,7 +64,7 @@ def enable(
             'In a pipeline outputs are repaid and rehearsed, not blocks: payload="blocks" goes with correct=False, and '
             "with `nfe` or `tolerance`."
         )
-    options = Options(nfe, rtol, tolerance, max_reuses, reuse, corrects, payload, norm, key)
+    options = Options(nfe, rtol, tolerance, max_reuses, reuse, corrects, payload, norm, key, together)
     if not hasattr(pipe, "components"):
         raise ValueError(f"Expected a diffusers pipeline; got {type(pipe).__name__}.")
     disable(pipe)

@@ -35,6 +35,7 @@ class Options:
     payload: str = "output"
     norm: Norm = rms
     key: Key | None = None
+    together: bool | None = None
 
     def epsilon(self, t: float) -> float:
         """The tolerance at time t."""
@@ -100,6 +101,8 @@ def rule_of(options: Options, plan: Plan | None, profile: SensitivityProfile | N
         return everything(*what)
     if profile is None:
         criterion: Criterion = Drift(debts, options.norm)
-        return Rule(criterion, epsilon, options.most(math.inf), phi, VARIABLES["t"], *what)
+        together = options.together is not False  # a transformer computes all samples for the need of one
+        return Rule(criterion, epsilon, options.most(math.inf), phi, VARIABLES["t"], *what, together=together)
     criterion = Sensitivities(profile)  # of x and t, which are the same for every conditioning
-    return Rule(criterion, epsilon, options.most(3), phi, VARIABLES["t"], *what)
+    together = bool(options.together)
+    return Rule(criterion, epsilon, options.most(3), phi, VARIABLES["t"], *what, together=together)
