@@ -41,10 +41,9 @@ def enable(
         one that measures itself; what it measured is kept in `folder` for all later runs and sessions.
     nfe: of how many times in a run the transformer is evaluated, once for each conditioning; by default half of them.
     rtol, tolerance, max_reuses, reuse, correct, norm, together: as in `CachedField`; the unit of time is the training
-        timestep.
-        `rtol` needs `handle.rehearse(...)` first.
-        Under `tolerance` and without a profile the change of the state is that of the guided trajectory, and samples
-        of a batch decide together, because a transformer computes all of them for the need of one.
+        timestep. `rtol` needs `handle.rehearse(...)` first. Under `tolerance` and without a profile the change of the
+        state is that of the guided trajectory, and samples of a batch decide together, because a transformer computes
+        all of them for the need of one.
     payload: what is reused, as in `CachedField`: the "output" of the transformer, or by "blocks", of Wan, CogVideoX and
         LTX-Video, what its blocks add to the tokens. Of these nothing is repaid: `correct=False`, or `reuse="hold"`.
     key: what tells conditionings apart, a function of a transformer call's (args, kwargs). By default everything that
