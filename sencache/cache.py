@@ -99,7 +99,7 @@ class CachedField:
         norm: Norm = rms,
         key: Key | None = None,
     ):
-        check_options(nfe, rtol, tolerance, max_reuses, unit, reuse, correct, criterion)
+        check_options(nfe, rtol, tolerance, max_reuses, unit, reuse, correct, together, criterion)
         check_payload(field, payload, rtol)
         if profile is not None and criterion is not None:
             raise ValueError("Who decides, the `profile` or the `criterion`? Give one of them.")

@@ -27,6 +27,7 @@ def check_options(
     unit: str | None,
     reuse: str,
     correct: bool | None,
+    together: bool | None,
     criterion: Criterion | None = None,
 ) -> None:
     """Raise where how much to pay is not said in one way, or in a way that means nothing."""
@@ -64,6 +65,8 @@ def check_options(
         raise ValueError(f"`unit` must be {' or '.join(UNITS)}; got {unit!r}.")
     if correct not in (None, True, False):
         raise ValueError(f"`correct` must be True, False or None, for what goes with `reuse`; got {correct!r}.")
+    if together not in (None, True, False):
+        raise ValueError(f"`together` must be True, False or None, for what goes with the field; got {together!r}.")
     if reuse not in REUSES:
         raise ValueError(f"`reuse` must be one of {', '.join(REUSES)}; got {reuse!r}.")
 

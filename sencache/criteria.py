@@ -77,19 +77,32 @@ class Scheduled:
         return Stops(self.times, self.nodes)
 
 
-@dataclass(frozen=True)
 class Differences:
     """No calibration: the last two evaluations say how fast the output moves, ||y_r - y_2|| / |s_r - s_2|.
 
     The change |s - s_r| later is that of holding y_r; a line through both does better, in proportion. Infinite until
     two evaluations are known, and further from them than `REACH` times the span between them: two that happen to be
     alike say nothing of what is far away.
+
+    Where several conditionings are asked at one time, what is said of the first is said of all. Guidance multiplies
+    their difference, and with it whatever does not cancel there, as errors of outputs evaluated at the same times do.
     """
 
-    variable: Variable
-    direction: int = 0
+    direction = 0
+
+    def __init__(self, variable: Variable):
+        self.variable = variable
+        self.first = -1, torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu")  # who, when, and what was said
 
     def predicted(self, seen: Look) -> Tensor:
+        who, when, said = self.first
+        if who != seen.branch and torch.equal(when, seen.t):
+            return torch.where(seen.difference.isfinite(), said, torch.inf)
+        said = self._own(seen)
+        self.first = seen.branch, seen.t, said
+        return said
+
+    def _own(self, seen: Look) -> Tensor:
         times = (seen.t, seen.t_ref, seen.t_before)
         s, s_ref, s_before = (torch.from_numpy(self.variable(t.numpy())) for t in times)
         elapsed, span = (s - s_ref).abs(), (s_ref - s_before).abs()

@@ -45,6 +45,7 @@ class Look:
     other: Tensor  # bool, another network answers here than at the last evaluation
     x: Any  # the query's state, a tree of (B, ...),
     norm: Norm  # and how it is measured
+    branch: int  # which conditioning asks, in the order of appearance
     reference: tuple[Any, Any] | None = None  # x_ref and the output there, trees of (B, ...); None where there is none
     noted: Any = None  # what a `Watching` criterion noted down at the query before; None if there was none,
     now: Any = None  # and what it watches at this one
@@ -117,6 +118,7 @@ class Branch:
             **dict(zip(("known", "same", "anew", "other"), truths, strict=True)),
             x=x,
             norm=norm,
+            branch=self.number,
             reference=(self.x, self.y),
             noted=self.noted,
         )
@@ -143,6 +145,7 @@ class Branch:
             other=no,
             x=x,
             norm=norm,
+            branch=self.number,
         )
 
     def keep(self, rows: Array, x: Any, clock: Array, y: Any, stack: Any, anew: Array, norm: Norm) -> None:

@@ -107,7 +107,9 @@ class Report:
                 "more steps, calibrated on them: under a cache they are free."
             )
         if self.unused.any():
-            hint = "give the field a `select(rows)`, or the cache `together=True`"
+            hint = "give the field a `select(rows)`"
+            if any((query.computed & query.reused).any() for query in self.trace):  # and not only exact repetitions
+                hint += ", or the cache `together=True`"
             lines.append(f"{int(self.unused.sum())} rows were computed and not used: {hint}.")
         if self.bypasses:
             lines.append(f"{self.bypasses} calls went straight to the field because gradients were being recorded.")

@@ -11,7 +11,7 @@ import torch
 
 from sencache import CachedField, SensitivityProfile, rms
 from sencache.criteria import Sensitivities
-from solvers import Linear, TorchDiffEq, grids, integrate
+from solvers import Heun, Linear, TorchDiffEq, grids, integrate
 from solvers.ode import ADAPTIVE
 from tests.flows import GaussianFlow, Nonlinear, linear_flow
 
@@ -409,6 +409,54 @@ def test_going_by_own_differences_is_ahead_of_fewer_steps_where_a_field_cannot_b
         apart = CachedField(field, tolerance=tolerance, together=False)
         assert off(apart.integrate(x, ts)) > near
         assert apart.report.evaluations.max() >= spent
+
+
+def test_only_what_company_would_have_used_is_said_to_be_of_use_in_company():
+    """Under Heun a sample at rest asks twice for the same: its row is computed with the others', and not used."""
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0] = 0
+    rest = CachedField(lambda x, t: torch.sin(3 * x) * (1 + t), tolerance=0.01)
+    rest.integrate(x, grids.uniform(40, 1.0, 0.01), Heun())
+    assert rest.report.unused[0] > 0 == rest.report.unused[1:].sum()
+    assert "`select(rows)`." in str(rest.report)
+
+
+def test_conditionings_asked_at_one_time_are_evaluated_at_the_same_times():
+    """So that what guidance makes of them has no errors in it that one of them alone has made."""
+    rate = {"with": torch.tensor([1.0, 1.5]), "without": torch.tensor([0.7, 1.2])}
+
+    def field(x, t, prompt):
+        return (rate[prompt] * x).sin() * (1 + t)
+
+    def guided(call, ts):
+        x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+        for t, t_next in pairwise(ts):
+            without, given = call(x, t, "without"), call(x, t, "with")
+            x = x + (t_next - t) * (without + 5 * (given - without))
+        return x
+
+    ts = grids.uniform(40)
+    full = guided(field, ts)
+    for tolerance in (0.02, 0.01, 0.003):
+        cached = CachedField(field, tolerance=tolerance)
+        with cached.run(ts):
+            end = guided(cached, ts)
+        trace, spent = cached.report.trace, int(cached.report.evaluations.max()) // 2
+        assert all(torch.equal(one.reused, other.reused) for one, other in zip(trace[::2], trace[1::2], strict=True))
+        assert spent < 25
+        assert rms(end - full).median() < rms(guided(field, grids.uniform(spent)) - full).median() / 3
+
+
+def test_a_conditioning_of_which_nothing_is_known_is_evaluated_whatever_was_said_of_another():
+    field = CachedField(lambda x, t, c: c * x, tolerance=9.0)
+    with field.run(TS):
+        for t in TS[:4]:
+            field(X, t, 1.0)
+        assert field.report.trace[-1].reused.all()
+        for t in TS[4:6]:
+            field(X, t, 1.0)
+            assert torch.equal(field(X, t, 2.0), 2 * X)
+            assert [bool(query.reused.all()) for query in field.report.trace[-2:]] == [True, False]
 
 
 def test_a_report_says_what_happened_in_words():

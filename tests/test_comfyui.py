@@ -85,6 +85,25 @@ def test_a_budget_is_kept_and_repaid_and_close(sampling, profile):
     assert rms(plain - full).max() < 0.2 * rms(fewer - full).max()
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_tolerance_pays_for_all_conditionings_at_once_and_is_ahead_of_fewer_steps(split):
+    """One call computes all that is stacked in it: what one of them needs, all of them have."""
+    bare = guider(cfg=3.0)
+    bare.together = lambda step: not split
+    network, ts, rows = bare.model_patcher.network, grids.uniform(40, start=0.98), 2 * len(NOISE)
+    full = bare.sample(NOISE, EULER, ts)
+    for tolerance in (0.05, 0.02, 0.005):
+        network.rows, model = 0, patched(bare.model_patcher, tolerance=tolerance)
+        cached = guider(model=model, cfg=3.0)
+        cached.together = bare.together
+        close, report = cached.sample(NOISE, EULER, ts), _report(model)
+        assert network.rows == int(report.evaluations.sum())
+        assert not report.unused.any()
+        assert network.rows < 30 * rows
+        fewer = bare.sample(NOISE, EULER, grids.uniform(network.rows // rows, start=0.98))
+        assert rms(close - full).median() < rms(fewer - full).median() / 3
+
+
 def test_conditionings_are_known_by_their_uuids_when_the_batch_is_split_otherwise(profile):
     whole, flipping = (guider(cfg=3.0) for _ in range(2))
     model = patched(whole.model_patcher, nfe=10, profile=profile)

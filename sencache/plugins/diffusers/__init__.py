@@ -54,7 +54,7 @@ def enable(
     ValueError for options that contradict each other, and for what is no pipeline or has a scheduler that cannot be
     followed.
     """
-    check_options(nfe, rtol, tolerance, max_reuses, None, reuse, correct)
+    check_options(nfe, rtol, tolerance, max_reuses, None, reuse, correct, together)
     if payload not in ("output", "blocks"):
         raise ValueError(f"In a pipeline `payload` must be output or blocks; got {payload!r}.")
     corrects = reuse != "hold" if correct is None else correct
