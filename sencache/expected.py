@@ -18,6 +18,8 @@ import torch
 from sencache.batch import Array
 from sencache.schedule import DAMPED, Problem, integrated
 
+GROWN = 1.1  # what an error may be at the end, of one that is called stable
+
 
 class Gaps(NamedTuple):
     """What the gaps of schedules leave in the final state, and what each owes just before it is repaid.
@@ -73,10 +75,13 @@ class Errors:
         return np.asarray((self.problem.alpha_x[nodes][:, None] * weighs) ** 2)
 
     def rank(self, nodes: Array) -> tuple[bool, float, float]:
-        """What to prefer among schedules, the least: whether errors can grow, how far, and what is expected of them."""
-        growth = self.growth(nodes)
-        grows = bool(self.instability(nodes[None])) or growth > 1 + 1e-9
-        return grows, growth, float(self._typical(nodes[None], self._gaps(nodes[None]))[0])
+        """What to prefer among schedules, the least: whether errors can grow, how far, and what is expected of them.
+
+        By up to a tenth, all in all, is not at all: where errors do grow from gap to gap, they multiply.
+        """
+        growth, gaps = self.growth(nodes), self._gaps(nodes[None])
+        grows = bool(self.instability(nodes[None])) or growth > GROWN
+        return grows, growth if grows else 1.0, float(self._typical(nodes[None], gaps)[0])
 
     def growth(self, nodes: Array) -> float:
         """How many times larger than it was an error can be in the end, 1 or more, on the test equation.
