@@ -1,8 +1,9 @@
 """Where few evaluations are better taken as few steps, data in narrow modes: `python -m benchmarks.modes`.
 
 Eight Gaussians of one deviation on a ring of radius 2 in the plane, linear path, 50 Euler steps from 1 to 0.01: errors
-relative to the full run's end of 256 samples of the reported seeds, medians and worst deciles, of fewer Euler steps and
-of plans, calibrated on 8 samples of the calibration seeds. Prints the table of docs/theory.md as Markdown.
+relative to the full run's end of 256 samples of the reported seeds, medians and worst deciles, of fewer Euler steps, of
+plans, calibrated on 8 samples of the calibration seeds, and of going by own differences, under tolerances that spend as
+much on 64 samples of the choosing seeds. Prints the tables of docs/theory.md as Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.fields.gmm import GaussianMixture
 from benchmarks.shipped import SEEDS
+from benchmarks.spending import tolerance_that_spends
 from sencache import CachedField, calibrate, rms
 from solvers import grids, integrate
 
@@ -49,10 +51,33 @@ def errors(deviation: float, nfe: int) -> list[Tensor]:
     return [rms(end - full) / rms(full) for end in ends]
 
 
+def own(deviation: float, nfe: int) -> tuple[Tensor, float]:
+    """Relative errors (B,) by own differences, and the evaluations that these spend in the mean."""
+    field, ts = ring(deviation), grid(50)
+
+    def run(tolerance: float, x: Tensor) -> tuple[Tensor, float]:
+        cached = CachedField(field, tolerance=tolerance)
+        return cached.integrate(x, ts), float(cached.report.evaluations.double().mean())
+
+    choosing, x = start(64, "choosing"), start(SAMPLES, "reported")
+    end, spent = run(tolerance_that_spends(nfe, lambda tolerance: run(tolerance, choosing)[1], low=-12.0), x)
+    full = integrate(field, x, ts)
+    return rms(end - full) / rms(full), spent
+
+
+def shown(errors: Tensor) -> str:
+    return f"{errors.median():.2g} ({errors.quantile(0.9):.2g})"
+
+
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     print("| deviation | " + " | ".join(f"{nfe}: fewer steps | {nfe}: ours" for nfe in BUDGETS) + " |")
     print("|---" * (1 + 2 * len(BUDGETS)) + "|")
     for deviation in DEVIATIONS:
         found = [error for nfe in BUDGETS for error in errors(deviation, nfe)]
-        print(f"| {deviation:g} | " + " | ".join(f"{e.median():.2g} ({e.quantile(0.9):.2g})" for e in found) + " |")
+        print(f"| {deviation:g} | " + " | ".join(map(shown, found)) + " |", flush=True)
+    print("\n| deviation | " + " | ".join(f"{nfe}: own differences | spent" for nfe in BUDGETS[:4]) + " |")
+    print("|---" * (1 + 2 * 4) + "|")
+    for deviation in DEVIATIONS:
+        cells = [f"{shown(error)} | {spent:.1f}" for error, spent in (own(deviation, nfe) for nfe in BUDGETS[:4])]
+        print(f"| {deviation:g} | " + " | ".join(cells) + " |", flush=True)

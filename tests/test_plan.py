@@ -593,7 +593,7 @@ def test_heun_asks_twice_a_time_and_pays_once():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_errors_that_grow_by_a_little_are_no_reason_to_hold(seed):
-    """Heun on eight modes in 16 dimensions, where a plan that held was 17 dB behind fewer steps, and between two ahead."""
+    """Heun on eight modes in 16 dimensions: a plan that held was 17 dB behind fewer steps, its neighbours ahead."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(8, 16, generator=generator, dtype=torch.float64)
     mixture = (torch.full((8,), 1 / 8), mean, torch.zeros(8, 16, 0), torch.zeros(8, 0), torch.full((8,), 0.25))
