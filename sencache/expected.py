@@ -18,7 +18,7 @@ import torch
 from sencache.batch import Array
 from sencache.schedule import DAMPED, Problem, integrated
 
-GROWN = 1.1  # what an error may be at the end, of one that is called stable
+GROWN = 1.1  # how many times larger an error may end under a schedule that is called stable
 
 
 class Gaps(NamedTuple):
