@@ -122,7 +122,7 @@ def _changes(problem: Problem, nodes: Array) -> tuple[Tensor, Tensor]:
 
 def sampler_name(stepper: Stepper, ts: Tensor) -> str:
     """Tells samplers apart: the stepper, and the grid in words and by its digest."""
-    kind = b"weighed on the way" if response(stepper, ts).mixed else b"weighed"  # plans of other kinds, and of others
+    kind = b"weighed on the way" if response(stepper, ts).mixed else b"weighed"  # each kind of plans is rehearsed anew
     digest = hashlib.sha256(b"a tenth grown, " + kind + ts.double().cpu().numpy().tobytes()).hexdigest()[:8]
     return f"{stepper}, {len(ts) - 1} steps from {ts[0]:g} to {ts[-1]:g} ({digest})"
 
