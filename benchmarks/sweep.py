@@ -4,7 +4,7 @@
 
 Every setting is calibrated anew on 8 samples of the calibration seeds. Writes benchmarks/results/sweep.csv and prints
 it as Markdown: PSNR to the same sampler with all its evaluations, of ours, of ours without calibration (a profile
-assumed; and each sample by its own differences, under a tolerance that spends as much on 8 samples of the choosing
+assumed; and own differences, under a tolerance that spends as much on 8 samples of the choosing
 seeds) and of the same stepper with fewer steps of the same kind of grid, at a half, a third and a fifth of the
 evaluations. A quarter of an hour on two cores.
 """

@@ -374,20 +374,30 @@ def test_two_conditionings_are_never_answered_alike():
     def net(x, t, cond):
         return torch.tanh(x) * cond
 
-    def walk(values):
+    class Alike:
+        direction = 0
+
+        def predicted(self, seen):  # a decision that is the same whoever asks
+            return torch.zeros_like(seen.t)
+
+    def walk(values, tolerance, **options):
         said = {value: [] for value in values}
-        with dpm_solver.wrap(net, None, ts, schedule=schedule, tolerance=0.05, method=None) as cached:
+        options |= dict(schedule=schedule, tolerance=tolerance, method=None)
+        with dpm_solver.wrap(net, None, ts, **options) as cached:
             for t in ts[:-1]:
                 for value in values:
                     said[value].append(cached(X.flatten(1), t.expand(3), torch.full((3, 1), value).double()))
         assert cached.report.reuses.any()
         return said
 
-    together, output = walk([1.0, -1.0]), torch.tanh(X.flatten(1))
+    every = dict(tolerance=0.5, criterion=Alike(), max_reuses=2)
+    for value, said in walk([1.0, -1.0], **every).items():
+        assert all(torch.equal(*pair) for pair in zip(said, walk([value], **every)[value], strict=True))
+    together, output = walk([1.0, -1.0], 0.05), torch.tanh(X.flatten(1))
     for value, answers in together.items():
         for said in answers:
             assert (rms(said - value * output) < rms(said + value * output)).all()
-    for one, alone in zip(together[1.0], walk([1.0])[1.0], strict=True):  # who is asked first decides as if alone
+    for one, alone in zip(together[1.0], walk([1.0], 0.05)[1.0], strict=True):  # who is asked first decides as if alone
         assert torch.equal(one, alone)
 
 
